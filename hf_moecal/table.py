@@ -1,0 +1,119 @@
+"""The predictions table: what flows between models, metrics, calibration, drift, reports and the Hub.
+
+One row per example. A producer fills the columns that it has; a consumer asks for those that it needs with
+[`columns`] and gets a clear error that names a missing one. Any further column is the user's own and is kept.
+
+| column | per row | meaning |
+|---|---|---|
+| `id` | str or int | key that joins labels, ratings and routing later |
+| `label` | int | reference class; -100 means "no label" |
+| `logits` | float [C] | scores before softmax |
+| `probs` | float [C] | probabilities, summing to one |
+| `prediction` | int | argmax of `probs` |
+| `confidence` | float | max of `probs` |
+| `group` | str | evaluation set or shifted group |
+| `routing_entropy` | float | entropy of the shares r_k in nats |
+| `routing_margin` | float | largest share minus second largest |
+| `disagreement` | float | sum_k r_k ||p^(k) - p||^2 |
+| `regret` | float | relu(l - min_k l^(k)), in nats |
+| `expert_ids` | int [k] | selected experts, in the router's order |
+| `expert_weights` | float [k] | their routing weights w_k |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+COLUMNS = (
+    "id",
+    "label",
+    "logits",
+    "probs",
+    "prediction",
+    "confidence",
+    "group",
+    "routing_entropy",
+    "routing_margin",
+    "disagreement",
+    "regret",
+    "expert_ids",
+    "expert_weights",
+)
+IGNORED_LABEL = -100
+_READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+
+def names(table: Dataset | Mapping[str, Any]) -> list[str]:
+    """Column names of a predictions table (a `datasets.Dataset` or a mapping of columns)."""
+    return list(getattr(table, "column_names", None) or table.keys())
+
+
+def columns(table: Dataset | Mapping[str, Any], *wanted: str) -> dict[str, np.ndarray]:
+    """The wanted columns as numpy arrays; list columns of equal length become 2-D.
+
+    Raises:
+        ValueError: a column is missing or the rows of a list column differ in length.
+
+    Example:
+
+    ```python
+    >>> from hf_moecal.table import columns
+    >>> columns({"label": [0, 1], "probs": [[0.9, 0.1], [0.2, 0.8]]}, "probs")["probs"].shape
+    (2, 2)
+
+    ```
+    """
+    present = names(table)
+    missing = [name for name in wanted if name not in present]
+    if missing:
+        raise ValueError(
+            f"The predictions table has no column {', '.join(map(repr, missing))}; it has {present}. "
+            "Make it with hf_moecal.predict(model, dataset), or rename the column of your log."
+        )
+    return {name: _as_array(name, table[name]) for name in wanted}
+
+
+def _as_array(name: str, column: Any) -> np.ndarray:
+    if hasattr(column, "to_numpy"):  # pandas, pyarrow
+        column = column.to_numpy()
+    values = column if isinstance(column, np.ndarray) else list(column)
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(
+            f"Column {name!r} has rows of different lengths; pad them, or split the table by length."
+        ) from error
+    if array.dtype == object and len(array) and not isinstance(array[0], str):
+        raise ValueError(f"Column {name!r} holds missing or mixed values; drop those rows or fill them in.")
+    return array
+
+
+def read_table(path: str | Path) -> Dataset:
+    """Reads a predictions table from a Parquet, JSONL or CSV file, or from a folder of Parquet files.
+
+    Raises:
+        ValueError: the path does not exist, is empty, or has an unknown ending.
+    """
+    from datasets import Dataset, load_dataset
+
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(map(str, path.glob("*.parquet")))
+        kind = "parquet"
+    else:
+        files, kind = ([str(path)] if path.is_file() else []), _READERS.get(path.suffix)
+    if not files:
+        raise ValueError(f"No predictions table at {str(path)!r}: give a file or a folder of .parquet files.")
+    if kind is None:
+        raise ValueError(f"Cannot read {path.name!r}: a predictions table ends in {', '.join(sorted(_READERS))}.")
+    if kind == "parquet":
+        return Dataset.from_parquet(files)
+    return load_dataset(kind, data_files=files, split="train")
