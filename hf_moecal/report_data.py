@@ -1,0 +1,186 @@
+"""Computes what a report shows, as plain JSON-able data; draws and writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .metrics import calibration_report, reliability_bins
+from .table import IGNORED_LABEL, columns, names
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    Table = Dataset | Mapping[str, Any]
+
+SCORES = ("n", "accuracy", "confidence", "signed_gap", "ece", "ece_interval", "ece_debiased", "nll", "brier")
+
+
+def outcomes(table: Table, *more: str) -> dict[str, np.ndarray]:
+    """Confidence and correctness of the labelled rows, with their probabilities where the table has them.
+
+    Args:
+        table: predictions table with `label` and `probs`, or with `label`, `prediction` and `confidence`.
+        more: further columns to carry along.
+
+    Returns:
+        `label`, `confidence`, `correct`, `row` (position in the table) [n], `probs` [n, C] if present, and `more`.
+
+    Raises:
+        ValueError: a needed column is missing, or no row has a label.
+    """
+    wanted = ("probs",) if "probs" in names(table) else ("confidence", "prediction")
+    found = columns(table, "label", *wanted, *more)
+    row = np.flatnonzero(found["label"] != IGNORED_LABEL)
+    if not len(row):
+        raise ValueError(
+            f"No row of the predictions table has a label (all are {IGNORED_LABEL}); join the labels by `id` first."
+        )
+    found = {name: values[row] for name, values in found.items()}
+    if "probs" in found:
+        found["confidence"], found["prediction"] = found["probs"].max(axis=1), found["probs"].argmax(axis=1)
+    return {**found, "correct": found["prediction"] == found["label"], "row": row}
+
+
+def select(found: Mapping[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows of `found` where `mask` holds."""
+    return {name: values[mask] for name, values in found.items()}
+
+
+def scores(found: Mapping[str, np.ndarray], *, bins: int = 15, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """[`~hf_moecal.metrics.calibration_report`] of what [`outcomes`] returned, as plain numbers."""
+    given = ("probs",) if "probs" in found else ("confidence", "correct")
+    report = calibration_report(
+        found["label"] if "probs" in found else None,
+        **{name: found[name] for name in given},
+        bins=bins,
+        bootstrap=bootstrap,
+        seed=seed,
+    )
+    return {name: plain(report.get(name)) for name in SCORES}
+
+
+def plain(value: Any) -> Any:
+    """Numpy numbers and arrays as Python's own, nan as `None`."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def reliability(table: Table, *, bins: int = 15, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """The data of a reliability diagram: accuracy and confidence per bin, with a bootstrap band.
+
+    The band is the percentile interval (2.5 % to 97.5 %) of each bin's accuracy when rows are drawn again with
+    replacement. A row touches a bin's accuracy only through its bin and whether it is correct, so drawing the
+    2 x `bins` cells from a multinomial *is* the row bootstrap, at a cost that does not grow with the rows. Half a case
+    is added to each cell of a filled bin: otherwise three cases, all right, would get a band of no width.
+
+    Args:
+        table: predictions table with `label` and `probs`, or with `label`, `prediction` and `confidence`.
+        bins: number of equal-width, right-closed bins.
+        bootstrap: number of resamples.
+        seed: seed of the resampling.
+
+    Returns:
+        `edges` [bins + 1]; `count`, `confidence`, `accuracy`, `low`, `high` [bins], `None` in an empty bin; and
+        `scores`, the figures of [`~hf_moecal.metrics.calibration_report`].
+
+    Raises:
+        ValueError: a needed column is missing, or no row has a label.
+
+    Example:
+
+    ```python
+    >>> from hf_moecal.report import reliability
+    >>> data = reliability({"label": [0, 0, 1], "probs": [[0.85, 0.15]] * 3}, bins=10)
+    >>> data["count"][8], round(data["accuracy"][8], 3), round(data["confidence"][8], 3)
+    (3, 0.667, 0.85)
+
+    ```
+    """
+    return diagram(outcomes(table), bins=bins, bootstrap=bootstrap, seed=seed)
+
+
+def diagram(
+    found: Mapping[str, np.ndarray], *, bins: int = 15, bootstrap: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """[`reliability`] of what [`outcomes`] returned."""
+    binned = reliability_bins(found["confidence"], found["correct"], bins=bins)
+    count = np.asarray(binned["count"], np.int64)
+    filled = count > 0
+    accuracy = np.where(filled, np.asarray(binned["accuracy"], float), np.nan)
+    right = np.where(filled, np.round(np.nan_to_num(accuracy) * count), 0).astype(np.int64)
+    low, high = _band(right, count, bootstrap=bootstrap, seed=seed)
+    return {
+        "edges": plain(binned["edges"]),
+        "count": plain(count),
+        "confidence": plain(np.where(filled, np.asarray(binned["confidence"], float), np.nan)),
+        "accuracy": plain(accuracy),
+        "low": plain(low),
+        "high": plain(high),
+        "scores": scores(found, bins=bins, bootstrap=bootstrap, seed=seed),
+    }
+
+
+def _band(right: np.ndarray, count: np.ndarray, *, bootstrap: int, seed: int) -> np.ndarray:
+    """95 % interval of each bin's accuracy, nan where a bin is empty: [2, bins]."""
+    filled, bins = count > 0, len(count)
+    # Half a case more on either side: a bin of three cases, all right, is not certain to be right.
+    cells = np.concatenate([right + 0.5, count - right + 0.5]) * np.tile(filled, 2)
+    drawn = np.random.default_rng(seed).multinomial(count.sum(), cells / cells.sum(), size=bootstrap)
+    total = drawn[:, :bins] + drawn[:, bins:]
+    # A resample that misses a bin says nothing about it: both ends stay possible.
+    share = drawn[:, :bins] / np.maximum(total, 1)
+    ends = [np.percentile(np.where(total > 0, share, miss), q, axis=0) for q, miss in ((2.5, 0.0), (97.5, 1.0))]
+    return np.where(filled, np.stack(ends), np.nan)
+
+
+def collect(
+    tables: Mapping[str, Table],
+    *,
+    title: str,
+    hard: str | None = None,
+    bins: int = 15,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Everything a report shows, per evaluation set x subset x method.
+
+    Args:
+        tables: method -> predictions table; the `group` column names the evaluation set of each row (without it
+            there is one set, "all").
+        title: title of the report.
+        hard: boolean column that marks the hard subset of each set, or `None`.
+        bins: number of bins.
+        bootstrap: number of resamples for intervals and bands.
+        seed: seed of the resampling.
+
+    Returns:
+        `title`, `bins`, `bootstrap`, `hard`, and `rows`: dictionaries with `set`, `subset` ("all" or "hard"),
+        `method`, the scores, and `diagram`, the bins of the reliability diagram (`None` where the subset is empty).
+
+    Raises:
+        ValueError: there is no table, or a table lacks a needed column.
+    """
+    if not tables:
+        raise ValueError("A report needs at least one predictions table, got none; pass {method name: table}.")
+    rows = []
+    for method, table in tables.items():
+        more = [name for name in ("group", hard) if name and (name == hard or name in names(table))]
+        found = outcomes(table, *more)
+        sets = found.get("group", np.full(len(found["row"]), "all"))
+        for name in dict.fromkeys(sets.tolist()):
+            for subset in ("all", "hard") if hard else ("all",):
+                mask = (sets == name) & (found[hard].astype(bool) if subset == "hard" else True)
+                data = diagram(select(found, mask), bins=bins, bootstrap=bootstrap, seed=seed) if mask.any() else None
+                figures = data.pop("scores") if data else {**dict.fromkeys(SCORES), "n": 0}
+                rows.append({"set": str(name), "subset": subset, "method": method, **figures, "diagram": data})
+    order = {key: i for i, key in enumerate(dict.fromkeys(row["set"] for row in rows))}
+    rows.sort(key=lambda row: (row["subset"] == "hard", order[row["set"]]))
+    return {"title": title, "bins": bins, "bootstrap": bootstrap, "hard": hard, "rows": rows}
