@@ -93,6 +93,14 @@ def tail(parts: Anatomy, capture: Capture, hidden: Tensor) -> Tensor:
             f"{type(parts.outer).__name__} has no head, so its experts predict nothing; "
             "load the model with AutoModelForCausalLM or AutoModelForSequenceClassification."
         )
+    # A classification head without padding token refuses batches.
+    rows = (
+        1 if parts.outer.config.get_text_config().pad_token_id is None and not _has_vocabulary(parts) else len(hidden)
+    )
+    return torch.cat([_tail(parts, capture, part) for part in hidden.split(rows)])
+
+
+def _tail(parts: Anatomy, capture: Capture, hidden: Tensor) -> Tensor:
     tokens = torch.full(hidden.shape[:2], _real_token(parts.outer), dtype=torch.long, device=hidden.device)
 
     def stub(*args: Any, **kwargs: Any) -> Any:
@@ -101,6 +109,10 @@ def tail(parts: Anatomy, capture: Capture, hidden: Tensor) -> Tensor:
     with patched({parts.base: stub}):
         logits = parts.outer(input_ids=tokens, use_cache=False).logits
     return logits.reshape(hidden.shape[0], -1)
+
+
+def _has_vocabulary(parts: Anatomy) -> bool:
+    return parts.outer.get_output_embeddings() is not None
 
 
 def _real_token(outer: nn.Module) -> int:
@@ -139,7 +151,7 @@ class Certificate:
 
 
 def delta_hidden(parts: Anatomy, capture: Capture, tokens: Tensor, change: Tensor, coefficient: float) -> Tensor:
-    """Final hidden states `[n * k, 1, H]` once the change `[n, k, H]` of the experts' output is added before the norm."""
+    """Final hidden states `[n * k, 1, H]` when the experts' output changes by `[n, k, H]` before the norm."""
     norm, before = final_norm(parts, capture)
     hidden = before.flatten(0, 1)[tokens].unsqueeze(1) + coefficient * change
     return norm(hidden.flatten(0, 1).unsqueeze(1))
@@ -196,9 +208,9 @@ def certify(parts: Anatomy, layer: MoELayer, capture: Capture) -> Certificate:
         inputs = take_rows(_fresh(capture.inputs), capture.batch_shape[0], row[None])
         recorder = Recorder(parts, [layer])
         with recorder.attached():
-            parts.outer(**inputs)
+            logits = parts.outer(**inputs).logits
         seen = recorder.capture
-        tokens = _probed_tokens(inputs, seen)
+        tokens = _probed_tokens(parts, inputs, seen, logits)
         call = seen.calls[layer.name]
         outputs = consult(layer.module, call, tokens, call.index[tokens])
         truth = brute_force(parts, layer, seen, inputs, tokens)
@@ -229,8 +241,11 @@ def _longest_row(capture: Capture) -> Tensor:
     return torch.zeros((), dtype=torch.long, device=device)
 
 
-def _probed_tokens(inputs: dict[str, Any], seen: Capture) -> Tensor:
-    """The last real token of the row and one in the middle."""
+def _probed_tokens(parts: Anatomy, inputs: dict[str, Any], seen: Capture, logits: Tensor) -> Tensor:
+    """The last real token of the row and one in the middle; for a classifier the token that it reads."""
+    if logits.dim() == 2:
+        each = tail(parts, seen, seen.last_hidden.transpose(0, 1))
+        return (each - logits).abs().amax(-1).argmin()[None]
     mask = inputs.get("attention_mask")
     real = torch.arange(seen.batch_shape[1], device=seen.last_hidden.device)
     if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -251,7 +266,7 @@ def brute_force(parts: Anatomy, layer: MoELayer, seen: Capture, inputs: dict[str
                 handles.append(head.register_forward_pre_hook(lambda _, args, token=token: (args[0][:, [token]],)))
             with hooked(handles):
                 logits = parts.outer(**inputs).logits
-            rows.append(logits.reshape(-1, logits.shape[-1])[token if head is None and logits.dim() == 3 else -1])
+            rows.append(logits.reshape(-1, logits.shape[-1])[-1])
     return torch.stack(rows).reshape(len(tokens), -1, rows[0].shape[-1])
 
 
