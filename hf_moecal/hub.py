@@ -42,8 +42,7 @@ def write_calibration(
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
         raise ValueError(f"{str(model_dir)!r} is not a folder; give the folder of a saved checkpoint.")
-    if not calibrator.fitted:
-        raise ValueError("The calibrator has no parameters yet: call fit(table) first.")
+    calibrator.require_fitted()
     record = CalibrationRecord(
         method=calibrator.method,
         parameters=calibrator.parameters(),

@@ -3,21 +3,52 @@
 from __future__ import annotations
 
 from hf_moecal.calibration.base import Calibrator
+from hf_moecal.calibration.classwise import IsotonicCalibrator, PlattCalibrator, VectorCalibrator
 from hf_moecal.calibration.record import CalibrationRecord, read_record, write_record
-from hf_moecal.calibration.temperature import TemperatureCalibrator
+from hf_moecal.calibration.routed import (
+    GroupedTemperatureCalibrator,
+    PerExpertTemperatureCalibrator,
+    RoutingTemperatureCalibrator,
+)
+from hf_moecal.calibration.temperature import (
+    IdentityCalibrator,
+    RobustTemperatureCalibrator,
+    TemperatureCalibrator,
+)
 
 
 __all__ = [
     "CalibrationRecord",
     "Calibrator",
+    "GroupedTemperatureCalibrator",
+    "IdentityCalibrator",
+    "IsotonicCalibrator",
     "METHODS",
+    "PerExpertTemperatureCalibrator",
+    "PlattCalibrator",
+    "RobustTemperatureCalibrator",
+    "RoutingTemperatureCalibrator",
     "TemperatureCalibrator",
+    "VectorCalibrator",
     "from_record",
     "read_record",
     "write_record",
 ]
 
-METHODS: dict[str, type[Calibrator]] = {kind.method: kind for kind in (TemperatureCalibrator,)}
+METHODS: dict[str, type[Calibrator]] = {
+    kind.method: kind
+    for kind in (  # simplest first: the order in which a tie is broken
+        IdentityCalibrator,
+        TemperatureCalibrator,
+        RobustTemperatureCalibrator,
+        GroupedTemperatureCalibrator,
+        PerExpertTemperatureCalibrator,
+        RoutingTemperatureCalibrator,
+        PlattCalibrator,
+        VectorCalibrator,
+        IsotonicCalibrator,
+    )
+}
 
 
 def from_record(record: CalibrationRecord) -> Calibrator:

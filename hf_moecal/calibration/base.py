@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from hf_moecal.calibration.record import CalibrationRecord, read_record, write_record
+from hf_moecal.metrics.inputs import check_row_sums
 from hf_moecal.table import IGNORED_LABEL, columns, names
 
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     Table = Dataset | Mapping[str, Any]
 
-_SUM_TOLERANCE = 1e-3
 _SMALLEST = np.finfo(np.float32).tiny  # a probability of zero in a float32 log is at most this
 
 
@@ -81,8 +81,9 @@ def read_logits(table: Table) -> np.ndarray:
         raise ValueError(f"Column {name!r} has a value that is not finite in row {row}; drop or repair that row.")
     if name == "logits":
         return values
-    if (values < 0).any() or np.abs(values.sum(axis=1, dtype=np.float64) - 1).max(initial=0) > _SUM_TOLERANCE:
-        raise ValueError("Rows of 'probs' must be probabilities that sum to one; rename the column if it has logits.")
+    if (values < 0).any():
+        raise ValueError("Column 'probs' has negative values; if these are scores before softmax, name it 'logits'.")
+    check_row_sums(name, values.sum(axis=1, dtype=np.float64), values.dtype.itemsize)
     return np.log(np.maximum(values, _SMALLEST, dtype=np.float64))
 
 
@@ -101,7 +102,7 @@ class Calibrator:
     """
 
     method: ClassVar[str]
-    reads: ClassVar[tuple[str, ...]] = ()
+    reads: tuple[str, ...] = ()
     """Columns that it needs besides `logits` (or `probs`) and `label`."""
 
     warnings: tuple[str, ...] = ()
@@ -131,15 +132,18 @@ class Calibrator:
     def apply(self, table: Table) -> Table:
         """The same table with calibrated `probs`, `prediction` and `confidence`; other columns are kept as they are.
 
-        `logits` too stay the model's own, so that applying twice gives what applying once gives.
+        `logits` too stay the model's own (a table that has only `probs` gets their logarithms), so that applying
+        twice gives what applying once gives.
         """
-        if not self.fitted:
-            raise ValueError(f"This {type(self).__name__} has no parameters yet: call fit(table) or load(path).")
-        probs = np.exp(self._log_probs(Rows(table, labelled=False)))
-        return _with_probs(table, probs / probs.sum(axis=1, keepdims=True))
+        self.require_fitted()
+        rows = Rows(table, labelled=False)
+        probs = np.exp(self._log_probs(rows))
+        fresh = {} if "logits" in names(table) else {"logits": rows.logits}
+        return _with_columns(table, {**fresh, **_decided(probs / probs.sum(axis=1, keepdims=True))})
 
     def save(self, path: str | Path) -> Path:
         """Writes the method and its parameters as `calibration.json` (JSON only) and returns the file's path."""
+        self.require_fitted()
         return write_record(path, CalibrationRecord(method=self.method, parameters=self.parameters()))
 
     @classmethod
@@ -154,6 +158,11 @@ class Calibrator:
                 "use Calibrator.load to take any."
             )
         return calibrator
+
+    def require_fitted(self) -> None:
+        """Raises when there are no parameters yet."""
+        if not self.fitted:
+            raise ValueError(f"This {type(self).__name__} has no parameters yet: call fit(table) or load(path).")
 
     def parameters(self) -> dict[str, Any]:
         """The fitted parameters as JSON values."""
@@ -189,16 +198,22 @@ def refuse_training_rows(table: Table, training_ids: Collection[str] | None) -> 
         )
 
 
-def _with_probs(table: Table, probs: np.ndarray) -> Table:
-    fresh = {"probs": probs, "prediction": probs.argmax(axis=1), "confidence": probs.max(axis=1)}
+def _decided(probs: np.ndarray) -> dict[str, np.ndarray]:
+    return {"probs": probs, "prediction": probs.argmax(axis=1), "confidence": probs.max(axis=1)}
+
+
+def _with_columns(table: Table, fresh: Mapping[str, np.ndarray]) -> Table:
     if isinstance(table, Mapping):
         return {**table, **fresh}
-    import pyarrow as pa
-
-    offsets = np.arange(len(probs) + 1, dtype=np.int64) * probs.shape[1]
-    fresh["probs"] = pa.LargeListArray.from_arrays(offsets, probs.ravel())
     order = list(dict.fromkeys([*table.column_names, *fresh]))
     table = table.remove_columns([name for name in fresh if name in table.column_names])
     for name, values in fresh.items():
-        table = table.add_column(name, values)
+        table = table.add_column(name, _arrow_lists(values) if values.ndim == 2 else values)
     return table.select_columns(order)
+
+
+def _arrow_lists(values: np.ndarray) -> Any:
+    import pyarrow as pa
+
+    offsets = np.arange(len(values) + 1, dtype=np.int64) * values.shape[1]
+    return pa.LargeListArray.from_arrays(offsets, values.ravel())

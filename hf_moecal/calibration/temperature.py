@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from hf_moecal.calibration.base import Calibrator, Rows
-from hf_moecal.calibration.record import is_number
-from hf_moecal.calibration.solver import MAX_TEMPERATURE, MIN_TEMPERATURE, TemperatureFit, fit_temperature, log_softmax
+from hf_moecal.calibration.parameters import checked_number, checked_temperature
+from hf_moecal.calibration.solver import TemperatureFit, fit_temperature, log_softmax
 
 
 WIDE_INTERVAL = 1.5  # ratio of the interval's ends above which the sample is called too small
@@ -26,15 +26,6 @@ def require_identified(fit: TemperatureFit, count: int) -> TemperatureFit:
     raise ValueError(f"{reason}: no temperature is best. Fit on more rows, or check that labels and logits match.")
 
 
-def checked_temperature(value: Any, name: str = "temperature") -> float:
-    """A temperature from a file, within the range that a fit can give."""
-    if not is_number(value) or not MIN_TEMPERATURE <= value <= MAX_TEMPERATURE:
-        raise ValueError(
-            f"{name!r} must be a number from {MIN_TEMPERATURE} to {MAX_TEMPERATURE}; got {str(value)[:30]}."
-        )
-    return float(value)
-
-
 def small_sample_warning(fit: TemperatureFit, count: int) -> str | None:
     """One sentence when the interval of T is wide, else nothing."""
     low, high = fit.interval
@@ -44,6 +35,27 @@ def small_sample_warning(fit: TemperatureFit, count: int) -> str | None:
         f"{count} labelled rows are few for a temperature: T = {fit.temperature:.3g}, "
         f"95 % interval {low:.3g} to {high:.3g}."
     )
+
+
+class IdentityCalibrator(Calibrator):
+    """Leaves the probabilities as they are: what is recorded when no calibration is best."""
+
+    method = "none"
+
+    def _fit(self, rows: Rows) -> None:
+        pass
+
+    def _log_probs(self, rows: Rows) -> np.ndarray:
+        return log_softmax(rows.logits)
+
+    def parameters(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any]) -> IdentityCalibrator:
+        calibrator = cls()
+        calibrator.fitted = True
+        return calibrator
 
 
 class TemperatureCalibrator(Calibrator):
@@ -109,3 +121,52 @@ class TemperatureCalibrator(Calibrator):
                 checked_temperature(interval[1], "interval"),
             )
         self.fitted = True
+
+
+class RobustTemperatureCalibrator(TemperatureCalibrator):
+    """The temperature that a robust objective asks for: it fits the hard rows, not the average row.
+
+    It minimises the tilted loss `(1/eta) log mean exp(eta l)` over T, or with `filtered` the plain mean plus the
+    tilted mean over the routing-relevant rows (columns `regret` and `disagreement`). It gives up some calibration on
+    data like the fitted rows for calibration on harder data, so compare both before use.
+
+    Args:
+        eta: tilt in 1/nat.
+        filtered: tilt the routing-relevant rows only.
+
+    Source: the objectives of arXiv:2606.20544, with the model held fixed.
+    """
+
+    method = "robust_temperature"
+
+    def __init__(self, *, eta: float = 1.0, filtered: bool = False) -> None:
+        self.eta = checked_number(eta, "eta", low=0.0, high=100.0)
+        self.filtered = bool(filtered)
+        self.reads = ("regret", "disagreement") if filtered else ()
+
+    def _solve(self, rows: Rows) -> TemperatureFit:
+        return fit_temperature(rows.logits, rows.labels, eta=self.eta, relevant=self._relevant(rows))
+
+    def _relevant(self, rows: Rows) -> np.ndarray | None:
+        if not self.filtered:
+            return None
+        import torch
+
+        from hf_moecal.objectives import routing_relevance
+
+        regret, disagreement = (torch.from_numpy(rows.column(name)) for name in self.reads)
+        relevant = routing_relevance(regret, disagreement).numpy()
+        if not relevant.any():
+            self._warn("No row is routing-relevant, so the filtered temperature is the plain one.")
+        return relevant
+
+    def parameters(self) -> dict[str, Any]:
+        return {**super().parameters(), "eta": self.eta, "filtered": self.filtered}
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any]) -> RobustTemperatureCalibrator:
+        if type(parameters.get("filtered")) is not bool:
+            raise ValueError("Parameter 'filtered' must be true or false.")
+        calibrator = cls(eta=checked_number(parameters.get("eta"), "eta"), filtered=parameters["filtered"])
+        calibrator._take(parameters)
+        return calibrator
