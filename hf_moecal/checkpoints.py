@@ -1,0 +1,61 @@
+"""Loads a checkpoint's weights whole, also where Trainer leaves mixture-of-experts tensors as they are.
+
+Checkpoints on disk hold one tensor per expert, models in memory one fused tensor for all. Trainer's resume and
+best-model loading match names without that conversion and skip what does not match; `from_pretrained` converts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+
+def restore_weights(model: nn.Module, checkpoint: str | Path) -> bool:
+    """Loads every tensor of a checkpoint folder into a plain transformers model.
+
+    Args:
+        model (`PreTrainedModel`): takes the weights in place.
+        checkpoint (`str` or `Path`): folder written by `save_pretrained`.
+
+    Returns:
+        `bool`: whether anything had to be loaded; `False` where the names on disk are those of the model, which
+        Trainer then has loaded already, or where the folder holds no plain safetensors.
+
+    Raises:
+        ValueError: the checkpoint's tensors are not those of the model.
+    """
+    stored = tensor_names(Path(checkpoint))
+    if not stored or stored >= set(_saved_names(model)):
+        return False
+    loaded, problems = type(model).from_pretrained(checkpoint, dtype=model.dtype, output_loading_info=True)
+    wrong = [*problems["missing_keys"], *problems["mismatched_keys"], *problems["unexpected_keys"]]
+    if wrong:
+        raise ValueError(
+            f"Checkpoint {str(checkpoint)!r} does not fit {type(model).__name__}: {len(wrong)} tensors differ (first: "
+            f"{wrong[0]}); resume with the model that wrote it."
+        )
+    model.load_state_dict(loaded.state_dict())
+    return True
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """Names of the tensors in a folder's safetensors files; empty if it has none."""
+    from safetensors import safe_open
+
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        return set(json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())["weight_map"])
+    if not (folder / SAFE_WEIGHTS_NAME).is_file():
+        return set()
+    with safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt") as file:
+        return set(file.keys())
+
+
+def _saved_names(model: nn.Module) -> list[str]:
+    """Names of the model's tensors, one per tensor: a tied one is saved under one name only."""
+    seen: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        seen.setdefault(id(tensor), name)
+    return list(seen.values())

@@ -1,0 +1,159 @@
+"""What a batch is judged on: which positions predict, what is right there, and which of them form one example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .objectives import check_labels
+from .table import IGNORED_LABEL
+
+
+class Supervision(NamedTuple):
+    """The judged rows of one batch.
+
+    Attributes:
+        tokens (`Tensor` of shape `[n]`, int64): flat indices into the batch's B*S positions whose prediction is
+            judged.
+        labels (`Tensor` of shape `[n]`, int64): the right class or next token.
+        example (`Tensor` of shape `[n]`, int64): the example that the row belongs to, in [0, num_examples).
+        rows (`Tensor` of shape `[n]`, int64): the sequence of the batch that the row belongs to.
+        num_examples (`int`): how many examples the batch holds.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    example: Tensor
+    rows: Tensor
+    num_examples: int
+
+    def mean_by_example(self, values: Tensor) -> Tensor:
+        """Mean of per-row values over each example: `[n]` -> `[num_examples]`, differentiable."""
+        if self.num_examples == len(values):  # one row per example, in order
+            return values
+        total = values.new_zeros(self.num_examples).index_add(0, self.example, values)
+        return total / torch.bincount(self.example, minlength=self.num_examples)
+
+
+def supervise_classification(inputs: Mapping[str, Any], pad_token_id: int | None, num_labels: int) -> Supervision:
+    """Rows of a sequence-classification batch: the last token that is not padding, as transformers pools.
+
+    Args:
+        inputs (`Mapping`): `input_ids` `[B, S]` and `labels` `[B]`; label -100 leaves a sequence out.
+        pad_token_id (`int`, *optional*): the model's padding token.
+        num_labels (`int`): classes of the head.
+
+    Raises:
+        ValueError: no labels, labels of another shape or out of range, or no padding token for a batch.
+    """
+    ids, labels = _ids_and_labels(inputs)
+    batch, length = ids.shape
+    if labels.shape != (batch,):
+        raise ValueError(
+            f"Classification needs one integer label per sequence, got labels of shape {tuple(labels.shape)} for "
+            f"{batch} sequences; for token labels set task='lm'."
+        )
+    keep = (labels != IGNORED_LABEL).nonzero().squeeze(1)
+    check_labels(labels[keep], num_labels)
+    rows = torch.arange(batch, device=ids.device)
+    tokens = rows * length + pooled_positions(ids, pad_token_id)
+    return Supervision(tokens[keep], labels[keep], torch.arange(len(keep), device=ids.device), keep, len(keep))
+
+
+def pooled_positions(ids: Tensor, pad_token_id: int | None) -> Tensor:
+    """Position that sequence-classification heads read, per sequence: the rightmost token that is not padding."""
+    batch, length = ids.shape
+    if pad_token_id is None:
+        if batch > 1:
+            raise ValueError(
+                "The model has no padding token, so a batch of sequences has no defined last token; set "
+                "model.config.pad_token_id = tokenizer.pad_token_id."
+            )
+        return ids.new_full((batch,), length - 1)
+    return (torch.arange(length, device=ids.device, dtype=torch.int32) * (ids != pad_token_id)).argmax(-1)
+
+
+def supervise_lm(inputs: Mapping[str, Any], *, per_token: bool) -> Supervision:
+    """Rows of a language-modelling batch: position s predicts the label at s + 1 wherever that is not -100.
+
+    Args:
+        inputs (`Mapping`): `input_ids` and `labels`, both `[B, S]`.
+        per_token (`bool`): whether a token or a sequence (the mean over its supervised tokens) is one example.
+
+    Raises:
+        ValueError: no labels, or labels of another shape.
+    """
+    ids, labels = _ids_and_labels(inputs)
+    if labels.shape != ids.shape:
+        raise ValueError(
+            f"Language modelling needs labels of the input's shape {tuple(ids.shape)}, got {tuple(labels.shape)}; "
+            "for one label per sequence set task='classification'."
+        )
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:]
+    tokens = (shifted.reshape(-1) != IGNORED_LABEL).nonzero().squeeze(1)
+    rows = tokens // ids.shape[1]
+    if per_token:
+        example = torch.arange(len(tokens), device=ids.device)
+    else:
+        example = torch.unique(rows, return_inverse=True)[1]
+    count = int(example.max()) + 1 if len(example) else 0
+    return Supervision(tokens, shifted.reshape(-1)[tokens], example, rows, count)
+
+
+def _ids_and_labels(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    for name in ("input_ids", "labels"):
+        if inputs.get(name) is None:
+            raise ValueError(
+                f"The batch has no `{name}`, only {sorted(inputs)}; give the dataset a column `{name}` "
+                "(a `label` column is renamed by the default collator)."
+            )
+    if inputs["input_ids"].dim() != 2:
+        raise ValueError(f"`input_ids` must be [B, S], got {tuple(inputs['input_ids'].shape)}.")
+    return inputs["input_ids"], inputs["labels"]
+
+
+class RowSelector:
+    """Makes a language model's output embedding compute logits at the chosen positions only.
+
+    Full logits of a long batch over a large vocabulary take gigabytes; those of the supervised positions do not.
+    A pre-hook on `model.get_output_embeddings()` selects rows of the hidden states, so the model's own forward (with
+    its soft-capping or scaling) does the rest and `outputs.logits` comes out as `[1, n, V]`. A context manager: the
+    hook is gone on exit.
+
+    Raises:
+        ValueError: the model has no output embedding.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._head = model.get_output_embeddings()
+        if self._head is None:
+            raise ValueError(
+                f"{type(model).__name__} has no output embedding; task='lm' needs an AutoModelForCausalLM."
+            )
+        self._tokens: Tensor | None = None
+
+    def __enter__(self) -> RowSelector:
+        self._handle = self._head.register_forward_pre_hook(self._select)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._handle.remove()
+
+    @contextmanager
+    def selecting(self, tokens: Tensor | None) -> Iterator[None]:
+        """Within the block, forwards compute logits at `tokens` (flat indices into B*S) only; all if `None`."""
+        before, self._tokens = self._tokens, tokens
+        try:
+            yield
+        finally:
+            self._tokens = before
+
+    def _select(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self._tokens is None:
+            return None
+        hidden = args[0]
+        return (hidden.reshape(-1, hidden.shape[-1])[self._tokens].unsqueeze(0), *args[1:])

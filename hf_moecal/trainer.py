@@ -1,0 +1,303 @@
+"""A Trainer whose objective is exact over the whole optimizer batch, on one process or many.
+
+[`MoECalMixin`] goes in front of `Trainer` or TRL's `SFTTrainer`. At the first micro-batch of an optimizer step it
+measures the losses of all others without gradient, gathers them from every process, and gives each example i its
+coefficient c_i = dF/dl_i; each micro-batch then back-propagates sum_i c_i l_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from .checkpoints import restore_weights
+from .freezing import set_trainable
+from .metrics import calibration_metrics
+from .objectives import example_losses
+from .prefix_cache import PrefixCache
+from .probes import ExpertProbe, find_moe_layers, probe_experts
+from .tasks import RowSelector, Supervision, supervise_classification, supervise_lm
+from .training_args import MoECalArguments
+from .window import BatchSummary, Measurement, RandomState, Window
+
+
+class MoECalMixin:
+    """Makes the Trainer behind it optimise `args.objective` over the whole optimizer batch; see [`MoECalTrainer`]."""
+
+    loss_is_scaled_for_ga = True  # the coefficients are derivatives over the whole window already
+
+    def __init__(self, model: nn.Module | None = None, args: MoECalArguments | None = None, **kwargs: Any):
+        _check_arguments(args, kwargs)
+        if model is not None:
+            self.trains = set_trainable(model, args.train)
+        super().__init__(model=model, args=args, **kwargs)
+        _check_distribution(self)
+        if args.objective == "robust_filtered":
+            find_moe_layers(self.model)  # refuses a model without mixtures now, not after the warm-up
+        self._window: Window | None = None
+        self._measuring: int | None = None
+        self._supervision: Supervision | None = None
+        self._selector: RowSelector | None = None
+        self._probe: ExpertProbe | None = None
+        self._instruments: ExitStack | None = None
+        self._summaries: list[BatchSummary] = []
+        self.compute_loss_func = self._objective_loss
+        if self.compute_metrics is None and args.task == "classification":
+            self.compute_metrics = calibration_metrics()
+
+    # What Trainer calls, in the order in which it calls them.
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as `Trainer.train` does, with the expert probe and the frozen-prefix cache in place."""
+        with self._instrumented():
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluates as `Trainer.evaluate` does; over a dict of sets it gives `eval_<set>_ece` and the like."""
+        with self._instrumented():
+            return super().evaluate(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        self._window = Window(batches)
+        return batches, count
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        window, device = self._window, self.args.device
+        window.position += 1
+        if window.position == 0:
+            window.eta = self.args.eta_at(self.state.global_step / self.state.max_steps)
+            self._first_pass(model)
+        elif window.random_states[window.position] is not None:
+            window.random_states[window.position].restore(device)
+        self._measuring = window.position
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._measuring = None
+        if window.position == 0:
+            window.frontier = RandomState.current(device)
+        if window.position == window.size - 1:
+            self._close(window)
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        # Without the count, Trainer does not multiply by the world size: our mean is over the whole batch already.
+        with self._supervising(inputs):
+            return super().compute_loss(model, inputs, return_outputs=return_outputs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._summaries:
+            logs = {**logs, **_average(self._summaries)}
+            self._summaries = []
+        super().log(logs, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._restore(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._restore(self.state.best_model_checkpoint)
+
+    def _restore(self, checkpoint: str) -> None:
+        """Loads what Trainer leaves out of a plain checkpoint; sharded ones and adapters load whole by themselves."""
+        if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            restore_weights(self.model, checkpoint)
+
+    # The objective.
+
+    def _first_pass(self, model: nn.Module) -> None:
+        """Measures the losses of micro-batches 1, 2, ... without gradient, where the coefficients depend on them."""
+        window = self._window
+        if not (self.args.is_robust and window.eta > 0):
+            if window.size > 1:
+                counts = [self._supervise(self._prepare_inputs(batch)).num_examples for batch in window.batches]
+                window.weigh_equally(counts, accelerator=self.accelerator)
+            return
+        model.train()
+        for index in range(1, window.size):
+            window.random_states[index] = RandomState.current(self.args.device)
+            inputs = dict(self._prepare_inputs(window.batches[index]))
+            self._measuring = index
+            with torch.no_grad(), self.compute_loss_context_manager(), self._supervising(inputs):
+                Trainer.compute_loss(self, model, inputs)  # a subclass's own metrics count the other pass
+        self._measuring = None
+
+    def _objective_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        supervision, window = self._supervision, self._window
+        logits = self._judged_logits(outputs, supervision)
+        if self._measuring is None:  # evaluation
+            return supervision.mean_by_example(example_losses(logits, supervision.labels)).mean()
+        losses = supervision.mean_by_example(
+            example_losses(
+                logits,
+                supervision.labels,
+                objective=self.args.objective,
+                label_smoothing=self.args.label_smoothing_factor,
+                focal_gamma=self.args.focal_gamma,
+            )
+        )
+        window.measured[self._measuring] = self._measure(losses, supervision)
+        if not torch.is_grad_enabled():
+            return losses.sum()
+        if window.coefficients is None:
+            window.weigh(self.args, accelerator=self.accelerator)
+        own = window.coefficients[window.position].to(losses.dtype)
+        # Gradients are averaged over processes, hence the factor. The constant makes the logged loss F's value.
+        return self.accelerator.num_processes * (own * losses).sum() + window.constant()
+
+    @torch.no_grad()
+    def _measure(self, losses: Tensor, supervision: Supervision) -> Measurement:
+        nothing = losses.new_zeros(len(losses), dtype=torch.float64)
+        regret = disagreement = nothing
+        if self._probe is not None and len(losses):
+            tokens, labels = supervision.tokens, supervision.labels
+            with self._selecting(None):  # the probe calls the head on rows of its own choice
+                regret = supervision.mean_by_example(self._probe.regret(tokens, labels).double())
+                disagreement = supervision.mean_by_example(self._probe.disagreement(tokens).double())
+        return Measurement(losses.detach().double(), regret, disagreement)
+
+    def _close(self, window: Window) -> None:
+        if window.summary is None:
+            window.weigh(self.args, accelerator=self.accelerator)
+        self._summaries.append(window.summary)
+        if window.size > 1:  # replays went back in time: the next window must not reuse this one's random numbers
+            window.frontier.restore(self.args.device)
+
+    # What a batch is judged on.
+
+    def _supervise(self, inputs: Mapping[str, Any]) -> Supervision:
+        if self.args.task == "lm":
+            return supervise_lm(inputs, per_token=self.args.example == "token")
+        config = self.model.config.get_text_config()
+        return supervise_classification(inputs, config.pad_token_id, self.model.config.num_labels)
+
+    @contextmanager
+    def _supervising(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        self._supervision = self._supervise(inputs)
+        with self._selecting(self._supervision.tokens):
+            yield
+
+    def _selecting(self, tokens: Tensor | None) -> AbstractContextManager[None]:
+        return nullcontext() if self._selector is None else self._selector.selecting(tokens)
+
+    def _judged_logits(self, outputs: Any, supervision: Supervision) -> Tensor:
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        return logits[0] if self._selector else logits[supervision.rows]
+
+    @contextmanager
+    def _instrumented(self) -> Iterator[None]:
+        """Attaches probe, row selector and prefix cache; entered again, as training evaluates, does nothing."""
+        if self._instruments is not None:
+            yield
+            return
+        with ExitStack() as self._instruments:
+            try:
+                if self.args.task == "lm":
+                    self._selector = self._instruments.enter_context(RowSelector(self.model))
+                if self.args.prefix_cache is not None:
+                    cache = PrefixCache(self.model, self.args.prefix_cache, dtype=self.args.prefix_cache_dtype)
+                    self._instruments.enter_context(cache)
+                if self.args.objective == "robust_filtered":
+                    probe = probe_experts(self.model, layer=self.args.probe_layer)
+                    self._probe = self._instruments.enter_context(probe)
+                yield
+            finally:
+                self._instruments = self._selector = self._probe = None
+
+
+class MoECalTrainer(MoECalMixin, Trainer):
+    """`transformers.Trainer` with objectives that keep a mixture's confidence honest under shift.
+
+    The objective (`args.objective`: ERM, Robust, Robust Filtered, or a baseline) is a function of the losses of the
+    whole optimizer batch, all processes and all accumulation steps; its gradient is the same however the batch is
+    split. All of Trainer's arguments work; `args` must be [`MoECalArguments`].
+
+    Over a dict of evaluation sets, `evaluate` gives `eval_<set>_ece`, `eval_<set>_nll` and so on, so that
+    `metric_for_best_model="eval_tweets_ece"` works. Each logging step reports the objective's value, the mean loss,
+    the effective sample size and largest weight of the adversary, the share of routing-relevant examples, and mean
+    disagreement and regret.
+
+    Args:
+        model (`PreTrainedModel`): a mixture-of-experts model with a sequence-classification or language-model head.
+        args ([`MoECalArguments`]): training arguments.
+        kwargs: everything else that `Trainer` takes.
+
+    Raises:
+        ValueError: the arguments, the model or a dataset cannot be trained on; the message names the remedy.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import MixtralConfig, MixtralForSequenceClassification
+    >>> from hf_moecal import MoECalArguments, MoECalTrainer
+    >>> config = MixtralConfig(
+    ...     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+    ...     num_key_value_heads=2, num_local_experts=4, num_labels=2, pad_token_id=0,
+    ... )
+    >>> data = [{"input_ids": torch.tensor([1, 2, 3 + i % 5]), "label": i % 2} for i in range(16)]
+    >>> args = MoECalArguments("out", max_steps=2, report_to="none", save_strategy="no", disable_tqdm=True)
+    >>> trainer = MoECalTrainer(model=MixtralForSequenceClassification(config), args=args, train_dataset=data)
+    >>> result = trainer.train()
+    {...}
+    >>> result.global_step
+    2
+
+    ```
+    """
+
+
+def _average(summaries: list[BatchSummary]) -> dict[str, float]:
+    """Means over the optimizer batches since the last log; figures that this run does not have are left out."""
+    values = torch.tensor(summaries, dtype=torch.float64).nanmean(dim=0).tolist()
+    return {name: value for name, value in zip(BatchSummary._fields, values, strict=True) if value == value}
+
+
+def _check_arguments(args: Any, kwargs: Mapping[str, Any]) -> None:
+    if not isinstance(args, MoECalArguments):
+        raise ValueError(f"`args` must be a hf_moecal.MoECalArguments, got {type(args).__name__}.")
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError(
+            "`compute_loss_func` would replace the objective; choose one with MoECalArguments(objective=...), or use "
+            "transformers.Trainer."
+        )
+    if kwargs.get("model_init") is not None:
+        raise ValueError("`model_init` is not supported; pass `model=` and build a trainer for each trial.")
+    _check_labels_column("train_dataset", kwargs.get("train_dataset"))
+    evaluation = kwargs.get("eval_dataset")
+    for name, dataset in evaluation.items() if isinstance(evaluation, Mapping) else [("eval_dataset", evaluation)]:
+        _check_labels_column(name, dataset)
+
+
+def _check_labels_column(name: str, dataset: Any) -> None:
+    if dataset is None:
+        return
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(f"Dataset {name!r} is empty; leave it out, or check how it was filtered.")
+    columns = getattr(dataset, "column_names", None)
+    if columns and not {"label", "labels", "label_ids"} & set(columns):
+        raise ValueError(
+            f"Dataset {name!r} has no `label` column, only {list(columns)}; rename it with "
+            "dataset.rename_column(..., 'label')."
+        )
+
+
+def _check_distribution(trainer: Trainer) -> None:
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"One process drives {trainer.args.n_gpu} GPUs (DataParallel), which hides the batch's losses; start "
+            "with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallelism is not None and (parallelism.cp_enabled or getattr(parallelism, "sp_enabled", False)):
+        raise ValueError(
+            "Context or sequence parallelism splits a sequence over processes, which the objective does not support; "
+            "use data parallelism (DDP, FSDP2 or ZeRO)."
+        )

@@ -1,0 +1,134 @@
+"""`TrainingArguments` plus the fields that calibration needs; for `HfArgumentParser`, YAML and `accelerate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .objectives import OBJECTIVES, TAU_DISAGREEMENT, TAU_REGRET, unknown_objective
+
+
+TASKS = ("classification", "lm")
+TRAIN_PRESETS = ("all", "last_moe_layer")
+
+
+@dataclass
+class MoECalArguments(TrainingArguments):
+    """Arguments of [`MoECalTrainer`]: every field of `transformers.TrainingArguments`, and these.
+
+    Args:
+        objective (`str`, *optional*, defaults to `"robust_filtered"`): `"erm"`, `"robust"`, `"robust_filtered"`, or a
+            baseline, `"label_smoothing"` (with `label_smoothing_factor`, 0.1 if unset) or `"focal"`.
+        eta (`float`, *optional*, defaults to 2.0): tilt of the adversarial weights softmax(eta * loss).
+        detach_weights (`bool`, *optional*, defaults to `True`): whether the weights are constants for the gradient.
+        robust_warmup_ratio (`float`, *optional*, defaults to 0.4): share of the optimizer steps that run ERM first.
+        eta_ramp_ratio (`float`, *optional*, defaults to 0.0): share of the steps, after the warm-up, over which eta
+            grows linearly from 0.
+        tau_regret (`float`, *optional*, defaults to 1e-6): regret (nats) above which an example is routing-relevant.
+        tau_disagreement (`float`, *optional*, defaults to 0.01): the same for disagreement.
+        relevance_quantile (`float`, *optional*): instead of the two thresholds, the share of the batch with the
+            largest regret together with the share with the largest disagreement.
+        focal_gamma (`float`, *optional*, defaults to 2.0): exponent of the focal loss.
+        probe_layer (`int`, *optional*, defaults to -1): MoE layer whose experts are probed, an index into
+            `find_moe_layers(model)`.
+        task (`str`, *optional*, defaults to `"classification"`): `"classification"` (a sequence-classification head)
+            or `"lm"` (a causal language model, labels at supervised positions).
+        example (`str`, *optional*, defaults to `"sequence"`): for `task="lm"`, what counts as one example of the
+            objective: a `"sequence"` (mean over its supervised tokens) or a `"token"`.
+        train (`str`, *optional*, defaults to `"all"`): what trains: `"all"`, `"last_moe_layer"` (from the last MoE
+            layer's decoder layer to the head).
+        prefix_cache (`str`, *optional*): folder for the hidden states of the frozen layers, computed once and replayed
+            in every epoch. Needs `train="last_moe_layer"`.
+        prefix_cache_dtype (`str`, *optional*): precision in which the frozen layers run for the cache, for example
+            `"bfloat16"`; the model's own if unset.
+
+    Raises:
+        ValueError: a field is out of range; the message names the range.
+
+    Example:
+
+    ```python
+    >>> from hf_moecal import MoECalArguments
+    >>> MoECalArguments("out", objective="robust", eta=1.0, report_to="none").eta_at(0.2)  # still warming up
+    0.0
+
+    ```
+    """
+
+    objective: str = field(default="robust_filtered", metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
+    eta: float = field(default=2.0, metadata={"help": "Tilt of the adversarial weights softmax(eta * loss)."})
+    detach_weights: bool = field(default=True, metadata={"help": "Treat the adversarial weights as constants."})
+    robust_warmup_ratio: float = field(default=0.4, metadata={"help": "Share of the steps that run ERM first."})
+    eta_ramp_ratio: float = field(default=0.0, metadata={"help": "Share of the steps over which eta grows from 0."})
+    tau_regret: float = field(default=TAU_REGRET, metadata={"help": "Regret above it is routing-relevant."})
+    tau_disagreement: float = field(
+        default=TAU_DISAGREEMENT, metadata={"help": "Disagreement above it is routing-relevant."}
+    )
+    relevance_quantile: float | None = field(
+        default=None, metadata={"help": "Share of the batch kept by each measure, instead of the thresholds."}
+    )
+    focal_gamma: float = field(default=2.0, metadata={"help": "Exponent of the focal loss."})
+    probe_layer: int = field(default=-1, metadata={"help": "Index of the probed MoE layer."})
+    task: str = field(default="classification", metadata={"help": f"One of {', '.join(TASKS)}."})
+    example: str = field(default="sequence", metadata={"help": "For task=lm: 'sequence' or 'token'."})
+    train: str = field(default="all", metadata={"help": f"What trains: one of {', '.join(TRAIN_PRESETS)}."})
+    prefix_cache: str | None = field(default=None, metadata={"help": "Folder for hidden states of frozen layers."})
+
+    prefix_cache_dtype: str | None = field(default=None, metadata={"help": "Precision of the cached layers."})
+
+    def __post_init__(self):
+        self._check()
+        super().__post_init__()
+
+    def _check(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise unknown_objective(self.objective)
+        _among("task", self.task, TASKS)
+        _among("example", self.example, ("sequence", "token"))
+        _among("train", self.train, TRAIN_PRESETS)
+        _within("eta", self.eta, 0, float("inf"), "the paper uses 2.0, and 0 is ERM")
+        _within("robust_warmup_ratio", self.robust_warmup_ratio, 0, 1, "the paper uses 0.4")
+        _within("eta_ramp_ratio", self.eta_ramp_ratio, 0, 1, "0 switches the tilt on at once")
+        _within("tau_regret", self.tau_regret, 0, float("inf"), f"the paper uses {TAU_REGRET}")
+        _within("tau_disagreement", self.tau_disagreement, 0, float("inf"), f"the paper uses {TAU_DISAGREEMENT}")
+        _within("focal_gamma", self.focal_gamma, 0, float("inf"), "2.0 is usual")
+        if self.relevance_quantile is not None and not 0 < self.relevance_quantile <= 1:
+            raise ValueError(
+                f"`relevance_quantile` must lie in (0, 1], got {self.relevance_quantile}; 0.3 keeps the top 30 %."
+            )
+        if self.objective == "label_smoothing":
+            self.label_smoothing_factor = self.label_smoothing_factor or 0.1
+        elif self.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor={self.label_smoothing_factor}` has no effect on objective="
+                f"{self.objective!r}; set it to 0, or choose objective='label_smoothing'."
+            )
+        if self.prefix_cache is not None and self.train != "last_moe_layer":
+            raise ValueError(
+                f"`prefix_cache` needs frozen first layers, but train={self.train!r} updates them; "
+                "set train='last_moe_layer' or leave `prefix_cache` unset."
+            )
+
+    @property
+    def is_robust(self) -> bool:
+        """Whether the objective tilts the batch, so that its coefficients depend on the losses."""
+        return self.objective in ("robust", "robust_filtered")
+
+    def eta_at(self, progress: float) -> float:
+        """eta after the given share of training (0 to 1): 0 in the warm-up, then the ramp, then `eta`."""
+        after = progress - self.robust_warmup_ratio
+        if not self.is_robust or after < 0:
+            return 0.0
+        return self.eta if after >= self.eta_ramp_ratio else self.eta * after / self.eta_ramp_ratio
+
+
+def _among(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
+
+
+def _within(name: str, value: float, low: float, high: float, hint: str) -> None:
+    if not (low <= value <= high and value != float("inf")):
+        right = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+        raise ValueError(f"`{name}` must be a finite number {right}, got {value}; {hint}.")

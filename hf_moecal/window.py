@@ -1,0 +1,153 @@
+"""One optimizer batch, split over micro-batches and processes: its losses, and the coefficients they get.
+
+The objective is a function of all losses of the optimizer batch. [`Window`] keeps each micro-batch's measurements,
+gathers them from every process, and hands each micro-batch the coefficients c_i of sum_i c_i l_i. It also keeps the
+random state of each micro-batch, so that the pass with gradient sees the same dropout and router noise as the pass
+that measured.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from .objectives import Objective, evaluate_objective, routing_relevance
+from .training_args import MoECalArguments
+
+
+class Measurement(NamedTuple):
+    """Per-example figures of one micro-batch, each of shape `[n]`, float64 and detached."""
+
+    losses: Tensor
+    regret: Tensor
+    disagreement: Tensor
+
+
+class BatchSummary(NamedTuple):
+    """What is logged about one optimizer batch."""
+
+    objective: float
+    mean_loss: float
+    effective_sample_size: float
+    largest_weight: float
+    relevant_share: float
+    disagreement: float
+    regret: float
+
+
+class Window:
+    """State of one optimizer batch on this process.
+
+    Args:
+        batches (`list`): the micro-batches, as the data loader gave them.
+    """
+
+    def __init__(self, batches: list):
+        self.batches = batches
+        self.position = -1
+        self.eta = 0.0
+        self.measured: list[Measurement | None] = [None] * len(batches)
+        self.random_states: list[RandomState | None] = [None] * len(batches)
+        self.frontier: RandomState | None = None
+        self.coefficients: list[Tensor] | None = None
+        self.summary: BatchSummary | None = None
+        self._constant = 0.0
+
+    @property
+    def size(self) -> int:
+        return len(self.batches)
+
+    def weigh(self, args: MoECalArguments, *, accelerator: Accelerator) -> None:
+        """Gathers every process's measurements and sets the coefficients of this process's micro-batches.
+
+        Raises:
+            ValueError: a loss is NaN or infinite, or nothing in the whole batch has a label.
+        """
+        own = torch.stack([torch.cat(column) for column in zip(*self.measured, strict=True)], dim=1)
+        rows, start = gather_rows(own, accelerator)
+        if len(rows) == 0:
+            raise ValueError(
+                "No example of this optimizer batch has a label (all are -100); check the labels of the dataset."
+            )
+        losses, regret, disagreement = rows.unbind(1)
+        relevant = None
+        if args.objective == "robust_filtered":
+            relevant = routing_relevance(
+                regret,
+                disagreement,
+                tau_regret=args.tau_regret,
+                tau_disagreement=args.tau_disagreement,
+                quantile=args.relevance_quantile,
+            )
+        tilted = args.is_robust and self.eta > 0
+        result = evaluate_objective(
+            args.objective if tilted else "erm",
+            losses,
+            relevant=relevant,
+            eta=self.eta,
+            detach_weights=args.detach_weights,
+        )
+        counts = [len(m.losses) for m in self.measured]
+        self.coefficients = list(result.coefficients[start : start + len(own)].split(counts))
+        self.summary = _summarise(result, losses, relevant, regret, disagreement)
+        self._constant = result.value - (result.coefficients * losses).sum().item()
+
+    def weigh_equally(self, counts: list[int], *, accelerator: Accelerator) -> None:
+        """Gives each of the batch's examples the coefficient 1/N: what a mean needs, with no first pass."""
+        own = torch.tensor(counts, dtype=torch.float64, device=accelerator.device)
+        total = accelerator.gather(own.sum()[None]).sum().clamp(min=1)
+        self.coefficients = [(1 / total).expand(count) for count in counts]
+
+    def constant(self) -> float:
+        """F(l) - sum_i c_i l_i, once per window: added, it makes the sum of the micro-batches' losses F(l)."""
+        return self._constant if self.position == 0 else 0.0
+
+
+def _summarise(
+    result: Objective, losses: Tensor, relevant: Tensor | None, regret: Tensor, disagreement: Tensor
+) -> BatchSummary:
+    return BatchSummary(
+        objective=result.value,
+        mean_loss=losses.mean().item(),
+        effective_sample_size=result.effective_sample_size,
+        largest_weight=result.weights.max().item(),
+        relevant_share=float("nan") if relevant is None else relevant.double().mean().item(),
+        disagreement=disagreement.mean().item(),
+        regret=regret.mean().item(),
+    )
+
+
+def gather_rows(own: Tensor, accelerator: Accelerator) -> tuple[Tensor, int]:
+    """Concatenates every process's rows in rank order, however many each has.
+
+    Returns:
+        `tuple[Tensor, int]`: all rows, and the index of this process's first row.
+    """
+    if accelerator.num_processes == 1:
+        return own, 0
+    counts = accelerator.gather(torch.tensor([len(own)], device=own.device))
+    padded = own.new_zeros(int(counts.max()), *own.shape[1:])
+    padded[: len(own)] = own
+    everyone = accelerator.gather(padded[None])
+    rows = torch.cat([block[:count] for block, count in zip(everyone, counts.tolist(), strict=True)])
+    return rows, int(counts[: accelerator.process_index].sum())
+
+
+class RandomState(NamedTuple):
+    """Random state of the CPU and of the accelerator that the model runs on."""
+
+    cpu: Tensor
+    device: Tensor | None
+
+    @classmethod
+    def current(cls, device: torch.device) -> RandomState:
+        on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+        return cls(torch.get_rng_state(), on_device)
+
+    def restore(self, device: torch.device) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            torch.get_device_module(device).set_rng_state(self.device, device)
