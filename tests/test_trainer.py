@@ -1,0 +1,471 @@
+"""The Trainer's gradients against one full-batch autograd reference that shares no code with it."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import MixtralConfig, MixtralForCausalLM, MixtralForSequenceClassification, Trainer, TrainerCallback
+
+from hf_moecal import MoECalArguments, MoECalTrainer
+
+
+VOCABULARY, CLASSES, ETA, PAD = 48, 3, 2.0, 0
+
+
+def tiny_config(**changes):
+    settings = dict(
+        vocab_size=VOCABULARY, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_labels=CLASSES, pad_token_id=PAD, initializer_range=0.3,
+        router_jitter_noise=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    return MixtralConfig(**{**settings, **changes})
+
+
+def classification_model(**changes):
+    torch.manual_seed(0)
+    return MixtralForSequenceClassification(tiny_config(**changes))
+
+
+def language_model(**changes):
+    torch.manual_seed(0)
+    return MixtralForCausalLM(tiny_config(**changes))
+
+
+def sequences(count, *, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 9, (count,), generator=generator).tolist()
+    return [torch.randint(1, VOCABULARY, (n,), generator=generator) for n in lengths]
+
+
+def classification_data(count=8):
+    return [{"input_ids": ids, "labels": i % CLASSES} for i, ids in enumerate(sequences(count))]
+
+
+def language_data(count=8):
+    rows = []
+    for ids in sequences(count):
+        labels = ids.clone()
+        labels[:1] = -100
+        labels[2] = -100
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
+
+
+def collate(rows):
+    def pad(values, fill):
+        return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
+
+    ids = [row["input_ids"] for row in rows]
+    mask = [torch.ones_like(i) for i in ids]
+    batch = {"input_ids": pad(ids, PAD), "attention_mask": pad(mask, 0)}
+    if isinstance(rows[0]["labels"], int):
+        batch["labels"] = torch.tensor([row["labels"] for row in rows])
+    else:
+        batch["labels"] = pad([row["labels"] for row in rows], -100)
+    return batch
+
+
+def arguments(folder, **changes):
+    settings = dict(
+        learning_rate=1e-3, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4, eta=ETA,
+        robust_warmup_ratio=0.0, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
+        max_grad_norm=0.0, logging_steps=1, remove_unused_columns=False, optim="sgd",
+    )  # fmt: skip
+    return MoECalArguments(str(folder), **{**settings, **changes})
+
+
+class Gradients(TrainerCallback):
+    """Copies the gradients as the optimizer sees them."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def trained_gradients(model, data, args, trainer_class=MoECalTrainer, **kwargs):
+    seen = Gradients()
+    trainer = trainer_class(
+        model=model, args=args, train_dataset=data, data_collator=collate, callbacks=[seen], **kwargs
+    )
+    trainer.train()
+    return seen.found, trainer
+
+
+def losses_one_by_one(model, rows, per_token):
+    """Loss of each example, each sequence forwarded alone."""
+    losses = []
+    for row in rows:
+        logits = model(input_ids=row["input_ids"][None]).logits[0]
+        if isinstance(row["labels"], int):
+            losses.append(F.cross_entropy(logits[None], torch.tensor([row["labels"]])))
+            continue
+        keep = row["labels"][1:] != -100
+        token_losses = F.cross_entropy(logits[:-1][keep], row["labels"][1:][keep], reduction="none")
+        losses += list(token_losses) if per_token else [token_losses.mean()]
+    return torch.stack(losses)
+
+
+def relevance_one_by_one(model, rows, args):
+    """Relevance by overriding the last layer's routing in a whole forward, expert by expert."""
+    experts = model.model.layers[-1].mlp.experts
+    original, calls = type(experts).forward, []
+
+    def probability(ids, position, chosen=None):
+        def forward(hidden, index, weights):
+            if chosen is None:
+                calls[:] = [(index[position], weights[position])]
+                return original(experts, hidden, index, weights)
+            index, weights = index.clone(), weights.clone()
+            weights[position] = torch.tensor([weights[position].sum(), 0.0])
+            index[position] = torch.stack([calls[0][0][chosen], calls[0][0][1 - chosen]])
+            return original(experts, hidden, index, weights)
+
+        experts.forward = forward
+        try:
+            logits = model(input_ids=ids[None]).logits[0]
+        finally:
+            del experts.forward
+        return torch.softmax(logits if logits.dim() == 1 else logits[position], -1)
+
+    relevant = []
+    with torch.no_grad():
+        for row in rows:
+            ids, labels = row["input_ids"], row["labels"]
+            single = isinstance(labels, int)
+            positions = [len(ids) - 1] if single else [p for p in range(len(ids) - 1) if labels[p + 1] != -100]
+            measures = []
+            for position in positions:
+                label = labels if single else labels[position + 1]
+                p = probability(ids, position)
+                shares = calls[0][1] / calls[0][1].sum()
+                alone = [probability(ids, position, chosen) for chosen in range(2)]
+                regret = max(0.0, max(math.log(q[label] / p[label]) for q in alone))
+                spread = sum(float(r * (q - p).square().sum()) for r, q in zip(shares, alone, strict=True))
+                measures.append((regret, spread))
+            if not single and args.example == "sequence":
+                measures = [tuple(sum(column) / len(measures) for column in zip(*measures, strict=True))]
+            relevant += [r > args.tau_regret or d > args.tau_disagreement for r, d in measures]
+    return torch.tensor(relevant)
+
+
+def objective_reference(model, rows, args):
+    losses = losses_one_by_one(model, rows, per_token=args.example == "token")
+    if args.objective == "erm":
+        return losses.mean()
+    relevant = torch.ones(len(losses), dtype=torch.bool)
+    if args.objective == "robust_filtered":
+        relevant = relevance_one_by_one(model, rows, args)
+        assert relevant.any() and not relevant.all(), "the filter must bite, or the test shows nothing"
+    chosen = losses[relevant]
+    weights = torch.softmax(args.eta * (chosen.detach() if args.detach_weights else chosen), 0)
+    tilted = (weights * chosen).sum()
+    return tilted if args.objective == "robust" else losses.mean() + tilted
+
+
+def reference_gradients(model, rows, args):
+    model.zero_grad()
+    objective_reference(model, rows, args).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_error(found, expected):
+    assert found.keys() >= expected.keys()
+    scale = math.sqrt(sum(float(g.double().square().sum()) for g in expected.values()))
+    off = math.sqrt(sum(float((found[n].double() - g.double()).square().sum()) for n, g in expected.items()))
+    return off / scale
+
+
+TASKS = {
+    "classification": (classification_model, classification_data, dict(tau_regret=0.05)),
+    "sequence": (language_model, language_data, dict(task="lm", example="sequence", tau_regret=0.4)),
+    "token": (language_model, language_data, dict(task="lm", example="token", tau_regret=0.4)),
+}
+OBJECTIVES = {
+    "erm": dict(objective="erm"),
+    "robust": dict(objective="robust"),
+    "robust-through": dict(objective="robust", detach_weights=False),
+    "filtered": dict(objective="robust_filtered", tau_disagreement=0.05),
+}
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (2, 4), (1, 8)])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("task", TASKS)
+def test_gradients_equal_one_full_batch(tmp_path, task, objective, batch, accumulation):
+    build, data, settings = TASKS[task]
+    rows = data()
+    args = arguments(
+        tmp_path,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        **settings,
+        **OBJECTIVES[objective],
+    )
+    found, _ = trained_gradients(build(), rows, args)
+    expected = reference_gradients(build().train(), rows, args)
+    assert relative_error(found, expected) <= (2e-5 if task == "token" else 1e-5)
+
+
+@pytest.mark.parametrize("objective", ["robust", "filtered"])
+def test_uneven_last_batch_and_sequences_without_labels(tmp_path, objective):
+    rows = classification_data(7)  # micro-batches of 2, 2, 2 and 1
+    rows[3]["labels"] = -100
+    args = arguments(tmp_path, tau_regret=0.15, **{**OBJECTIVES[objective], "tau_disagreement": 0.1})
+    found, _ = trained_gradients(classification_model(), rows, args)
+    kept = [row for row in rows if row["labels"] != -100]
+    assert relative_error(found, reference_gradients(classification_model(), kept, args)) <= 1e-5
+
+
+def test_clipping_scales_the_exact_gradient(tmp_path):
+    args = arguments(tmp_path, objective="robust", max_grad_norm=0.01)
+    found, _ = trained_gradients(classification_model(), classification_data(), args)
+    expected = reference_gradients(classification_model(), classification_data(), args)
+    norm = math.sqrt(sum(float(g.square().sum()) for g in expected.values()))
+    assert norm > 0.01
+    assert relative_error(found, {n: g * 0.01 / norm for n, g in expected.items()}) <= 1e-5
+
+
+def test_label_smoothing_and_focal_equal_torch(tmp_path):
+    rows = classification_data()
+    logits = torch.cat([classification_model()(input_ids=row["input_ids"][None]).logits for row in rows])
+    labels = torch.tensor([row["labels"] for row in rows])
+    p = F.softmax(logits, -1).gather(1, labels[:, None])[:, 0]
+    expected = {
+        "label_smoothing": F.cross_entropy(logits, labels, label_smoothing=0.1).item(),
+        "focal": (-((1 - p) ** 2) * p.log()).mean().item(),
+    }
+    for objective, value in expected.items():
+        _, trainer = trained_gradients(classification_model(), rows, arguments(tmp_path, objective=objective))
+        assert trainer.state.log_history[0]["objective"] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("noise", [dict(attention_dropout=0.3), dict(router_jitter_noise=0.3)])
+def test_both_passes_see_the_same_noise(tmp_path, noise):
+    """With one example per micro-batch the loss seen with gradient must be the loss that was weighed."""
+    seen = []
+
+    class Recording(MoECalTrainer):
+        def _objective_loss(self, outputs, labels, num_items_in_batch=None):
+            losses = F.cross_entropy(outputs["logits"], labels, reduction="none")
+            seen.append((self._measuring, torch.is_grad_enabled(), losses.item()))
+            return super()._objective_loss(outputs, labels, num_items_in_batch)
+
+    args = arguments(
+        tmp_path, objective="robust", max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=4
+    )
+    trained_gradients(classification_model(**noise), classification_data(), args, Recording)
+    for step in (seen[:7], seen[7:]):
+        measured = {index: loss for index, grad, loss in step if not grad}
+        replayed = {index: loss for index, grad, loss in step if grad}
+        assert set(measured) == {1, 2, 3} and set(replayed) == {0, 1, 2, 3}
+        for index, loss in measured.items():
+            assert replayed[index] == pytest.approx(loss, abs=2e-6)
+    # and fresh noise from window to window
+    model = classification_model(**noise).train()
+    row = classification_data(1)[0]
+    torch.manual_seed(0)
+    assert model(input_ids=row["input_ids"][None]).logits.ne(model(input_ids=row["input_ids"][None]).logits).any()
+
+
+def test_random_numbers_are_never_used_twice(tmp_path):
+    states = []
+
+    class Recording(MoECalTrainer):
+        def compute_loss(self, *args, **kwargs):
+            states.append(torch.get_rng_state())
+            return super().compute_loss(*args, **kwargs)
+
+    args = arguments(tmp_path, objective="robust", max_steps=3, num_train_epochs=3)
+    trained_gradients(classification_model(attention_dropout=0.3), classification_data(), args, Recording)
+    assert len(states) == 12
+    assert len({bytes(state.numpy()) for state in states}) == 12
+
+
+def test_warm_up_and_ramp():
+    args = MoECalArguments("out", objective="robust", eta=2.0, robust_warmup_ratio=0.4, eta_ramp_ratio=0.2)
+    assert [args.eta_at(p) for p in (0.0, 0.39, 0.5, 0.6, 1.0)] == pytest.approx([0, 0, 1.0, 2.0, 2.0])
+    assert MoECalArguments("out", objective="erm").eta_at(1.0) == 0.0
+
+
+def test_warm_up_is_erm(tmp_path):
+    args = arguments(tmp_path, objective="robust", robust_warmup_ratio=0.5)
+    found, trainer = trained_gradients(classification_model(), classification_data(), args)
+    expected = reference_gradients(classification_model(), classification_data(), arguments(tmp_path, objective="erm"))
+    assert relative_error(found, expected) <= 1e-5
+    log = trainer.state.log_history[0]
+    assert log["effective_sample_size"] == pytest.approx(8) and log["objective"] == pytest.approx(log["mean_loss"])
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_what_is_logged(tmp_path, detach):
+    args = arguments(tmp_path, tau_regret=0.05, tau_disagreement=0.05, detach_weights=detach)
+    _, trainer = trained_gradients(classification_model(), classification_data(), args)
+    log = trainer.state.log_history[0]
+    model, rows = classification_model(), classification_data()
+    losses = losses_one_by_one(model, rows, per_token=False).detach()
+    relevant = relevance_one_by_one(model, rows, args)
+    weights = torch.softmax(ETA * losses[relevant], 0)
+    assert log["objective"] == pytest.approx((losses.mean() + (weights * losses[relevant]).sum()).item(), rel=1e-4)
+    assert log["loss"] == pytest.approx(log["objective"], rel=1e-5)
+    assert log["mean_loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
+    assert log["effective_sample_size"] == pytest.approx(1 / weights.square().sum().item(), rel=1e-3)
+    assert log["largest_weight"] == pytest.approx(weights.max().item(), rel=1e-4)
+    assert log["relevant_share"] == pytest.approx(relevant.double().mean().item())
+    assert log["disagreement"] > 0 and log["regret"] > 0
+
+
+def test_evaluation_over_named_sets(tmp_path):
+    rows = classification_data(12)
+    sets = {"movie": rows[:8], "tweets": rows[8:]}
+    args = arguments(tmp_path, objective="robust", eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=3)
+    _, trainer = trained_gradients(classification_model(), rows[:8], args, eval_dataset=sets)
+    log = next(log for log in trainer.state.log_history if "eval_tweets_ece" in log)
+    logits = torch.cat([trainer.model.eval()(input_ids=row["input_ids"][None]).logits for row in sets["tweets"]])
+    labels = torch.tensor([row["labels"] for row in sets["tweets"]])
+    assert log["eval_tweets_nll"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+    accuracy = (logits.argmax(-1) == labels).double().mean().item()
+    assert log["eval_tweets_accuracy"] == pytest.approx(accuracy)
+    assert set(log) >= {"eval_tweets_ece", "eval_tweets_nll", "eval_tweets_brier", "eval_tweets_signed_gap"}
+
+
+def all_equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def checkpointing(folder, **changes):
+    settings = dict(
+        objective="robust", max_steps=4, num_train_epochs=4, save_strategy="steps", save_steps=2, optim="adamw_torch"
+    )
+    return arguments(folder, **{**settings, **changes})
+
+
+@pytest.mark.parametrize("task", ["classification", "sequence"])
+def test_resume_gives_the_same_trajectory(tmp_path, task):
+    build, data, settings = TASKS[task]
+    rows = data()
+    model = build(attention_dropout=0.2)
+    _, whole = trained_gradients(model, rows, checkpointing(tmp_path / "a", **settings))
+    resumed = MoECalTrainer(
+        model=build(attention_dropout=0.2), args=checkpointing(tmp_path / "a", **settings), train_dataset=rows,
+        data_collator=collate,
+    )  # fmt: skip
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert all_equal(whole.model, resumed.model)
+    losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (whole, resumed)]
+    assert losses[0] == losses[1]
+
+
+def test_stock_trainer_loses_expert_weights_on_resume(tmp_path):
+    """When this fails, upstream is fixed and `checkpoints.restore_weights` can go."""
+    model, rows = classification_model(), classification_data()
+    trained_gradients(model, rows, checkpointing(tmp_path))
+    other = MixtralForSequenceClassification(tiny_config())
+    stock = Trainer(model=other, args=checkpointing(tmp_path), train_dataset=rows, data_collator=collate)
+    stock._load_from_checkpoint(str(tmp_path / "checkpoint-4"))
+    wrong = [
+        n for (n, a), b in zip(model.named_parameters(), other.parameters(), strict=True) if not torch.equal(a, b)
+    ]
+    assert wrong and all("mlp" in name for name in wrong)
+
+
+def test_best_model_is_exactly_the_best_checkpoint(tmp_path):
+    rows = classification_data()
+    args = checkpointing(
+        tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, learning_rate=0.3,
+        metric_for_best_model="eval_tweets_ece", greater_is_better=False,
+    )  # fmt: skip
+    _, trainer = trained_gradients(classification_model(), rows, args, eval_dataset={"tweets": rows})
+    best = MixtralForSequenceClassification.from_pretrained(trainer.state.best_model_checkpoint)
+    assert all_equal(best, trainer.model)
+    values = [log["eval_tweets_ece"] for log in trainer.state.log_history if "eval_tweets_ece" in log]
+    assert trainer.state.best_metric == min(values[:2])
+
+
+def test_last_moe_layer_trains_alone_and_the_prefix_cache_changes_nothing(tmp_path):
+    rows = classification_data()
+    settings = dict(tau_regret=0.05, train="last_moe_layer", max_steps=6, num_train_epochs=6, optim="adamw_torch")
+    start = classification_model()
+    _, plain = trained_gradients(classification_model(), rows, arguments(tmp_path, **settings))
+    cached_settings = dict(settings, prefix_cache=str(tmp_path / "cache"))
+    _, cached = trained_gradients(
+        classification_model(), rows, arguments(tmp_path, **cached_settings), eval_dataset={"movie": rows}
+    )
+    for (name, before), one, other in zip(
+        start.named_parameters(), plain.model.parameters(), cached.model.parameters(), strict=True
+    ):
+        frozen = "layers.0." in name or "embed" in name
+        assert torch.equal(before, one) == frozen, name
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (plain, cached)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert plain.evaluate({"movie": rows})["eval_movie_nll"] == pytest.approx(cached.evaluate()["eval_movie_nll"])
+    assert not any("forward" in vars(module) for module in cached.model.modules())
+    assert "50" not in plain.trains and plain.trains.startswith("train=last_moe_layer: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(objective="hinge"), "Unknown objective 'hinge'; choose one of erm, robust"),
+        (dict(eta=-1.0), "`eta` must be a finite number at least 0, got -1.0"),
+        (dict(eta=float("nan")), "`eta` must be a finite number"),
+        (dict(robust_warmup_ratio=1.5), "between 0 and 1, got 1.5"),
+        (dict(relevance_quantile=0.0), r"must lie in \(0, 1\], got 0.0"),
+        (dict(task="regression"), "`task` must be one of classification, lm"),
+        (dict(example="word"), "`example` must be one of sequence, token"),
+        (dict(train="head"), "`train` must be one of all, last_moe_layer"),
+        (dict(label_smoothing_factor=0.1), "has no effect on objective='robust_filtered'"),
+        (dict(prefix_cache="x"), "`prefix_cache` needs frozen first layers, but train='all'"),
+    ],
+)
+def test_bad_arguments_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        MoECalArguments("out", **changes)
+
+
+def test_bad_datasets_and_models_are_named(tmp_path):
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForSequenceClassification, TrainingArguments
+
+    from hf_moecal import UnsupportedMoEError
+
+    rows, model, args = classification_data(), classification_model(), arguments(tmp_path)
+    for data, message in [
+        ({"train_dataset": []}, "Dataset 'train_dataset' is empty"),
+        ({"train_dataset": rows, "eval_dataset": {"tweets": []}}, "Dataset 'tweets' is empty"),
+        ({"train_dataset": Dataset.from_dict({"text": ["a"]})}, r"has no `label` column, only \['text'\]"),
+        ({"train_dataset": rows, "compute_loss_func": len}, "`compute_loss_func` would replace the objective"),
+        ({"train_dataset": rows, "model_init": classification_model}, "`model_init` is not supported"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            MoECalTrainer(model=model, args=args, data_collator=collate, **data)
+    with pytest.raises(ValueError, match="must be a hf_moecal.MoECalArguments, got TrainingArguments"):
+        MoECalTrainer(model=model, args=TrainingArguments(str(tmp_path), report_to="none"), train_dataset=rows)
+    dense = LlamaForSequenceClassification(LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1,
+        intermediate_size=8, num_attention_heads=2))  # fmt: skip
+    with pytest.raises(UnsupportedMoEError):
+        MoECalTrainer(model=dense, args=args, train_dataset=rows)
+    rows[0]["labels"] = CLASSES
+    with pytest.raises(ValueError, match="Label 3 is out of range for 3 classes"):
+        trained_gradients(model, rows, arguments(tmp_path))
+
+
+def test_losses_that_are_nan_stop_training(tmp_path):
+    model = classification_model()
+    torch.nn.init.constant_(model.score.weight, float("nan"))
+    with pytest.raises(ValueError, match="8 of 8 losses are NaN or infinite"):
+        trained_gradients(model, classification_data(), arguments(tmp_path, objective="robust"))
+
+
+def test_arguments_survive_a_round_trip(tmp_path):
+    from transformers import HfArgumentParser
+
+    args = arguments(tmp_path, objective="robust", eta=1.5, relevance_quantile=0.3)
+    (tmp_path / "args.json").write_text(json.dumps({"output_dir": "x", "objective": "robust", "eta": 1.5}))
+    (parsed,) = HfArgumentParser(MoECalArguments).parse_json_file(str(tmp_path / "args.json"))
+    assert (parsed.objective, parsed.eta) == (args.objective, args.eta)
+    (parsed,) = HfArgumentParser(MoECalArguments).parse_args_into_dataclasses(
+        ["--output_dir", "x", "--objective", "focal", "--relevance_quantile", "0.3", "--detach_weights", "false"]
+    )
+    assert (parsed.objective, parsed.relevance_quantile, parsed.detach_weights) == ("focal", 0.3, False)
