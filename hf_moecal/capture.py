@@ -1,7 +1,8 @@
-"""What one forward of a model leaves behind: the calls of its experts and the way to its logits."""
+"""What one forward of a model leaves behind: the calls of its experts and what a replay needs besides."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,24 @@ from .routing import MoELayer, UnsupportedMoEError, bind_experts, hooked
 
 
 @dataclass(frozen=True)
+class Site:
+    """Where an MoE layer stands in its model.
+
+    Args:
+        blocks (`list`): the decoder layers, of which `position` holds the MoE layer; empty in a model without a list.
+        siblings (`list`): modules inside that decoder layer that hold no expert of the layer, as coarse as possible.
+    """
+
+    blocks: list[nn.Module]
+    position: int
+    siblings: list[nn.Module]
+
+    @property
+    def earlier(self) -> list[nn.Module]:
+        return self.blocks[: self.position]
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """The parts of a transformers model that a replay touches.
 
@@ -22,15 +41,17 @@ class Anatomy:
         outer (`nn.Module`): the model with its head.
         base (`nn.Module`): what the outer model calls to get `last_hidden_state`.
         tops (`list`): modules beside the decoder layers, among them the final norm.
+        sites (`dict`): by name of the MoE layer.
     """
 
     outer: nn.Module
     base: nn.Module
     tops: list[nn.Module]
+    sites: dict[str, Site]
 
 
-def anatomy(model: nn.Module) -> Anatomy:
-    """Finds the outer model, its base and the modules beside the decoder layers."""
+def anatomy(model: nn.Module, layers: list[MoELayer]) -> Anatomy:
+    """Finds the outer model, its base, and where the MoE layers stand in it."""
     from transformers import PreTrainedModel
 
     outer = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
@@ -38,31 +59,78 @@ def anatomy(model: nn.Module) -> Anatomy:
         raise UnsupportedMoEError(
             f"{type(model).__name__} holds no transformers model; the probe replays its forward."
         )
-    base = getattr(outer, outer.base_model_prefix, outer)
-    backbones = [module for module in base.modules() if any(isinstance(c, nn.ModuleList) for c in module.children())]
-    tops = [c for module in backbones[:1] for c in module.children() if not isinstance(c, nn.ModuleList)]
-    return Anatomy(outer, base, tops)
+    sites, owners = {}, {}
+    for layer in layers:
+        path = _path(model, layer.name)
+        depth = next((i for i, module in enumerate(path) if isinstance(module, nn.ModuleList)), None)
+        if depth is None:
+            sites[layer.name] = Site([], 0, [])
+            continue
+        owners[path[depth - 1]] = path[depth]
+        blocks = list(path[depth])
+        sites[layer.name] = Site(blocks, blocks.index(path[depth + 1]), _siblings(path[depth + 1 :]))
+    tops = [child for owner, blocks in owners.items() for child in owner.children() if child is not blocks]
+    return Anatomy(outer, getattr(outer, outer.base_model_prefix, outer), tops, sites)
+
+
+def _path(model: nn.Module, name: str) -> list[nn.Module]:
+    path = [model]
+    for part in name.split("."):
+        path.append(path[-1]._modules[part])
+    return path
+
+
+def _siblings(chain: list[nn.Module]) -> list[nn.Module]:
+    """Children of the modules from the decoder layer to the experts' parent that are not on that way themselves."""
+    found, queue = [], [child for module in chain[:-1] for child in module.children() if child not in chain]
+    for module in queue:
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # never called itself
+            queue.extend(module.children())
+        else:
+            found.append(module)
+    return found
 
 
 @dataclass
 class ExpertCall:
-    """One call of an experts module: its three inputs and its output."""
+    """One call of an experts module: its three inputs, flat over the tokens, and its output as it came."""
 
     hidden: Tensor
     index: Tensor
     weights: Tensor
     output: Tensor
 
+    @classmethod
+    def of(cls, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> ExpertCall:
+        """From what a hook is given."""
+        hidden, index, weights = bind_experts(module, args, kwargs)
+        return cls(hidden.reshape(-1, hidden.shape[-1]), index, weights, output)
+
 
 @dataclass
 class Capture:
-    """What one forward of the base model left behind."""
+    """What one forward of the base model left behind.
+
+    Args:
+        inputs (`dict`): arguments of the base model; a cache that was not empty is a copy from before the forward.
+        autocast (`dict`): arguments of the `torch.autocast` that was active.
+        grad (`bool`): whether gradients were recorded.
+        replayed (`frozenset`): the MoE layers for which `blocks` and `before` were kept.
+        calls (`dict`): by name of the MoE layer.
+        tops (`dict`): first input and output of the modules beside the decoder layers.
+        blocks (`dict`): outputs of the decoder layers.
+        before (`dict`): per MoE layer, outputs of its siblings that had finished before its experts ran.
+        output (`ModelOutput`): of the base model.
+    """
 
     inputs: dict[str, Any]
     autocast: dict[str, Any]
     grad: bool
+    replayed: frozenset[str]
     calls: dict[str, ExpertCall] = field(default_factory=dict)
     tops: dict[nn.Module, tuple[Tensor, Any]] = field(default_factory=dict)
+    blocks: dict[nn.Module, Any] = field(default_factory=dict)
+    before: dict[str, dict[nn.Module, list[Any]]] = field(default_factory=dict)
     output: Any = None
 
     @property
@@ -75,11 +143,16 @@ class Capture:
 
 
 class Recorder:
-    """Hooks that keep what the last forward of the base model left behind."""
+    """Hooks that keep what the last forward of the base model left behind.
 
-    def __init__(self, parts: Anatomy, layers: list[MoELayer]) -> None:
+    `replayed` holds the names of the layers for which it also keeps references to the outputs of decoder layers and
+    siblings, which only the paths "gather" and "prefix" need.
+    """
+
+    def __init__(self, parts: Anatomy, layers: list[MoELayer], *, replayed: set[str]) -> None:
         self.parts = parts
         self.layers = layers
+        self.replayed = replayed
         self.capture: Capture | None = None
         self._open: Capture | None = None
         self._muted = False
@@ -92,13 +165,17 @@ class Recorder:
             handles.append(self.parts.base.register_forward_pre_hook(self._begin, with_kwargs=True))
             for top in self.parts.tops:
                 handles.append(top.register_forward_hook(self._see_top))
+            for block in dict.fromkeys(b for layer in self.layers for b in self.parts.sites[layer.name].earlier):
+                handles.append(block.register_forward_hook(self._see_block))
             for layer in self.layers:
+                for sibling in self.parts.sites[layer.name].siblings:
+                    handles.append(sibling.register_forward_hook(self._see_sibling(layer.name)))
                 handles.append(layer.module.register_forward_hook(self._see_experts(layer.name), with_kwargs=True))
             handles.append(self.parts.base.register_forward_hook(self._end))
             try:
                 yield
             finally:
-                self._muted = True
+                self._muted, self._open = True, None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -109,37 +186,60 @@ class Recorder:
         finally:
             self._muted = before
 
+    @property
+    def _recording(self) -> Capture | None:
+        """Nothing outside a forward of the base model: a replay, or the recomputation of a checkpointed layer."""
+        return None if self._muted else self._open
+
     def _begin(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._muted:
             return
         names = inspect.signature(base.forward).parameters
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        self._open = Capture(inputs, autocast_state(base), torch.is_grad_enabled())
+        if inputs.get("past_key_values") is not None:
+            inputs["past_key_values"] = self._cache_before(inputs["past_key_values"])
+        self._open = Capture(inputs, autocast_state(base), torch.is_grad_enabled(), frozenset(self.replayed))
+
+    def _cache_before(self, cache: Any) -> Any:
+        """A copy of a cache that holds earlier steps, where a replay may need it."""
+        return copy.deepcopy(cache) if self.replayed and cache.get_seq_length() > 0 else None
+
+    def _see_top(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._recording is not None and args:
+            self._recording.tops[module] = (args[0], output)
+
+    def _see_block(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._recording is not None and self._recording.replayed:
+            self._recording.blocks[module] = output
+
+    def _see_sibling(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            capture = self._recording
+            if capture is not None and name in capture.replayed and name not in capture.calls:
+                capture.before.setdefault(name, {}).setdefault(module, []).append(output)
+
+        return hook
 
     def _see_experts(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
-            # Outside a forward of the base model: a replay, or the recomputation of a checkpointed layer.
-            if self._muted or self._open is None:
+            capture = self._recording
+            if capture is None:
                 return
-            if name in self._open.calls:
+            if name in capture.calls:
                 raise UnsupportedMoEError(f"{name} runs twice in one forward, so no record of it is unique.")
-            if self._open.grad and not torch.is_grad_enabled():
+            if capture.grad and not torch.is_grad_enabled():
                 raise ValueError(
                     "The probed layer runs without gradient inside a forward with gradient, as under reentrant "
                     "checkpointing, which would give silently wrong gradients; call "
                     'model.gradient_checkpointing_enable({"use_reentrant": False}).'
                 )
-            self._open.calls[name] = ExpertCall(*bind_experts(module, args, kwargs), output)
+            capture.calls[name] = ExpertCall.of(module, args, kwargs, output)
 
         return hook
 
-    def _see_top(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._open is not None and not self._muted and args:
-            self._open.tops[module] = (args[0], output)
-
     def _end(self, base: nn.Module, args: tuple, output: Any) -> None:
-        if self._open is not None and not self._muted:
-            self._open.output = output
+        if self._recording is not None:
+            self._recording.output = output
             self.capture, self._open = self._open, None
 
 

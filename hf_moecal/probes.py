@@ -16,14 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Capture, ExpertCall, Recorder, anatomy
-from .replay import (
-    Certificate,
-    certify,
-    consult,
-    counterfactual_logits,
-    replaying,
-    tail,
-)
+from .certify import Certificate, certify, columns_of, counterfactual_logits
+from .replay import Reroute, consult, replaying, tail
 from .routing import (
     MoELayer,
     RoutingRecord,
@@ -48,7 +42,8 @@ class ExpertProbe:
         self.layers = recorder.layers
         self._parts = recorder.parts
         self._recorder = recorder
-        self._certificates: dict[str, Certificate] = {}
+        self._columns: dict[str, int] = {}
+        self._certificates: dict[tuple, Certificate] = {}
 
     # What the user asks
 
@@ -74,19 +69,21 @@ class ExpertProbe:
         return self.certificate_of(None)
 
     def certificate_of(self, layer: int | str | None) -> Certificate:
-        """The certificate of one of several probed layers."""
-        chosen = self._layer(layer)
-        if chosen.name not in self._certificates:
+        """The certificate of one of several probed layers; computed once for each mode of the model."""
+        chosen, capture = self._layer(layer), self._last()
+        mode = (chosen.name, self._parts.outer.training, *map(str, capture.autocast.values()))
+        if mode not in self._certificates:
             with self.paused():
-                self._certificates[chosen.name] = certify(self._parts, chosen, self._last())
-        return self._certificates[chosen.name]
+                certificate = certify(self._parts, chosen, capture, self._columns_of(chosen))
+            self._certificates[mode] = certificate
+            (self._recorder.replayed.discard if certificate.path == "delta" else self._recorder.replayed.add)(
+                chosen.name
+            )
+        return self._certificates[mode]
 
     def expert_outputs(self, tokens: Tensor, *, layer: int | str | None = None) -> Tensor:
         """E_k, what each selected expert alone puts out with weight one: `[n, k, H]`."""
-        chosen, call = self._layer(layer), self._call(layer)
-        tokens = self._flat(tokens)
-        with self._replay():
-            return consult(chosen.module, call, tokens, call.index[tokens])
+        return self._outputs(self._layer(layer), self._flat(tokens))
 
     def logits(self, tokens: Tensor) -> Tensor:
         """What the model itself predicted at the tokens, through its own head: `[n, V]` or `[n, num_labels]`."""
@@ -149,6 +146,9 @@ class ExpertProbe:
     def _predictions(self, flat: Tensor, layer: int | str | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Chunk by chunk of the tokens: their slice, the model's logits `[c, V]` and the experts' `[c, k, V]`."""
         chosen, call, certificate = self._layer(layer), self._call(layer), self.certificate_of(layer)
+        columns = self._columns_of(chosen)
+        if certificate.path != "delta" and chosen.name not in self._last().replayed:
+            raise ValueError("The model changed its mode after the last forward; run the forward again.")
         k, width, start = call.index.shape[-1], None, 0
         if flat.numel() == 0:
             raise ValueError("No token to probe: `tokens` is empty.")
@@ -157,12 +157,21 @@ class ExpertProbe:
             part = slice(start, min(start + rows, flat.numel()))
             with self._replay():
                 logits = self._logits(flat[part])
-                outputs = consult(chosen.module, call, flat[part], call.index[flat[part]])
-                expert_logits = counterfactual_logits(
-                    self._parts, self._last(), chosen, flat[part], outputs, certificate
-                )
+                route = Reroute.to(chosen.module, call, flat[part], call.index[flat[part]], columns=columns)
+                expert_logits = counterfactual_logits(self._parts, self._last(), chosen, route, certificate)
             yield part, logits, expert_logits
             start, width = part.stop, logits.shape[-1]
+
+    def _outputs(self, layer: MoELayer, flat: Tensor) -> Tensor:
+        call, columns = self._call(layer.name), self._columns_of(layer)
+        with self._replay():
+            return consult(layer.module, call, flat, call.index[flat], columns=columns)
+
+    def _columns_of(self, layer: MoELayer) -> int:
+        if layer.name not in self._columns:
+            with self.paused():
+                self._columns[layer.name] = columns_of(self._parts, layer, self._last())
+        return self._columns[layer.name]
 
     def _logits(self, flat: Tensor) -> Tensor:
         hidden = self._last().last_hidden.flatten(0, 1)[flat]
@@ -309,7 +318,7 @@ def probe_experts(model: nn.Module, layer: int | str | Sequence[int | str] = -1)
             getattr(hook, "__module__", None) == Recorder.__module__ for hook in chosen.module._forward_hooks.values()
         ):
             raise ValueError(f"{chosen.name} is being probed already; leave that probe first, or use it.")
-    recorder = Recorder(anatomy(model), layers)
+    recorder = Recorder(anatomy(model, layers), layers, replayed={chosen.name for chosen in layers})
     with recorder.attached():
         yield ExpertProbe(recorder)
 

@@ -1,27 +1,32 @@
 """What the model would have predicted had one token been routed to one expert alone.
 
 The counterfactual of expert k at one MoE layer gives it the token's whole routing mass: S E_k instead of
-y = sum_j w_j E_j. Three exact ways lead from there to the logits; [`certify`] compares them with brute force on the
-model at hand and takes the cheapest that agrees.
+y = sum_j w_j E_j. Three ways lead from there to the logits, each exact for some models:
+
+- "delta": the change S E_k - y, times a constant, is added to what the final norm received;
+- "gather": the decoder layer runs again on the probed tokens alone, as sequences of length one, whose modules that had
+  finished before the experts give what they gave;
+- "prefix": the decoder layer and all later ones run again on whole sequences.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from .capture import Anatomy, Capture, ExpertCall, Recorder
-from .routing import MoELayer, UnsupportedMoEError, bind_experts, hooked
+from .capture import Anatomy, Capture, ExpertCall
+from .routing import MoELayer, UnsupportedMoEError
 
 
 _MISSING = object()
-_TOLERANCE = 1e-5  # of the logits' scale, in float32
 
 
 @contextmanager
@@ -130,42 +135,133 @@ def consult(experts: nn.Module, call: ExpertCall, tokens: Tensor, index: Tensor,
 
 
 @dataclass(frozen=True)
-class Certificate:
-    """How the counterfactual logits of one layer are computed, and how well that agrees with brute force.
+class Reroute:
+    """Tokens and what the experts put out for each when one expert gets the whole routing mass S.
 
     Args:
-        path (`str`): "delta", "gather" or "prefix", from cheap to dear.
-        error (`float`): largest absolute difference from the logits of full forwards with the token rerouted.
-        scale (`float`): largest absolute logit among them.
-        effect (`float`): largest absolute change that the rerouting makes to a logit.
-        layer (`str`): name of the MoE layer.
-        coefficient (`float`): what the final hidden state receives of a change of the experts' output ("delta" only).
+        tokens (`LongTensor` of shape `[n]`): flat positions.
+        alone (`Tensor` of shape `[n, m, H]`): S E_k.
+        together (`Tensor` of shape `[n, 1, H]`): y = sum_k w_k E_k, which the model used.
     """
 
-    path: str
-    error: float
-    scale: float
-    effect: float
-    layer: str
-    coefficient: float = 1.0
+    tokens: Tensor
+    alone: Tensor
+    together: Tensor
+
+    @classmethod
+    def to(cls, experts: nn.Module, call: ExpertCall, tokens: Tensor, ids: Tensor, *, columns: int = 1) -> Reroute:
+        """Reroutes the tokens to the experts `ids`, `[n, m]`.
+
+        y is computed, never taken from the forward: some blocks add to the experts' output in place.
+        """
+        index, weights = call.index[tokens], call.weights[tokens]
+        outputs = consult(experts, call, tokens, ids, columns=columns)
+        scale = weights.unsqueeze(-1).to(outputs.dtype)
+        if ids.shape == index.shape and torch.equal(ids, index):
+            together = (scale * outputs).sum(1, keepdim=True)
+        else:
+            together = experts(call.hidden[tokens], index, weights).reshape(len(tokens), 1, -1)
+        return cls(tokens, scale.sum(1, keepdim=True) * outputs, together)
 
 
-def delta_hidden(parts: Anatomy, capture: Capture, tokens: Tensor, change: Tensor, coefficient: float) -> Tensor:
-    """Final hidden states `[n * k, 1, H]` when the experts' output changes by `[n, k, H]` before the norm."""
+def delta_logits(parts: Anatomy, capture: Capture, route: Reroute, coefficient: float) -> Tensor:
+    """Logits `[n, m, V]` through the final norm and the head alone."""
     norm, before = final_norm(parts, capture)
-    hidden = before.flatten(0, 1)[tokens].unsqueeze(1) + coefficient * change
-    return norm(hidden.flatten(0, 1).unsqueeze(1))
+    hidden = before.flatten(0, 1)[route.tokens].unsqueeze(1) + coefficient * (route.alone - route.together)
+    logits = tail(parts, capture, norm(hidden.flatten(0, 1).unsqueeze(1)))
+    return logits.reshape(*route.alone.shape[:2], -1)
 
 
 def final_norm(parts: Anatomy, capture: Capture) -> tuple[nn.Module, Tensor]:
     """The module that gave `last_hidden_state`, and what it was given."""
     last = capture.last_hidden
     for module, (given, result) in capture.tops.items():
-        if isinstance(result, Tensor) and (
-            result is last or (result.shape == last.shape and torch.equal(result, last))
-        ):
+        if not isinstance(result, Tensor) or result.shape != last.shape:
+            continue
+        if result is last or torch.equal(result, last):
             return module, given
     raise UnsupportedMoEError(f"{type(parts.base).__name__} ends in no module that gives its last hidden state.")
+
+
+def gather_logits(parts: Anatomy, capture: Capture, layer: MoELayer, route: Reroute) -> Tensor:
+    """Logits `[n, m, V]` through the layer's own decoder layer and the tail, on the probed tokens alone."""
+    repeated = route.tokens.repeat_interleave(route.alone.shape[1])
+
+    def select(value: Tensor) -> Tensor:
+        return _at_tokens(value, capture.batch_shape, repeated)
+
+    names = ("input_ids", "inputs_embeds", "position_ids")
+    inputs = {name: select(value) for name, value in capture.inputs.items() if name in names and value is not None}
+    hidden = _replay(parts, capture, layer, inputs, select, route.alone.flatten(0, 1).unsqueeze(1))
+    return tail(parts, capture, hidden).reshape(*route.alone.shape[:2], -1)
+
+
+def prefix_logits(parts: Anatomy, capture: Capture, layer: MoELayer, route: Reroute) -> Tensor:
+    """Logits `[n, m, V]` through whole sequences from the layer's own decoder layer on, one per token and expert."""
+    call, (batch, length) = capture.calls[layer.name], capture.batch_shape
+    repeated = route.tokens.repeat_interleave(route.alone.shape[1])
+    rows, place = repeated // length, torch.arange(len(repeated), device=repeated.device) * length + repeated % length
+
+    def select(value: Tensor) -> Tensor:
+        return _at_rows(value, (batch, length), rows)
+
+    experts = select(layer.module(call.hidden, call.index, call.weights).reshape(call.hidden.shape))
+    experts = experts.index_copy(0, place, route.alone.flatten(0, 1).to(experts.dtype)).unflatten(0, (-1, length))
+    hidden = _replay(parts, capture, layer, take_rows(capture.inputs, batch, rows), select, experts)
+    hidden = hidden.flatten(0, 1)[place].unsqueeze(1)
+    return tail(parts, capture, hidden).reshape(*route.alone.shape[:2], -1)
+
+
+def _replay(
+    parts: Anatomy,
+    capture: Capture,
+    layer: MoELayer,
+    inputs: dict[str, Any],
+    select: Callable[[Tensor], Tensor],
+    experts: Tensor,
+) -> Tensor:
+    """The base model's last hidden state for an experts' output `[R, L, H]`, all before the experts as it was."""
+    site = parts.sites[layer.name]
+    stubs = {block: _giving([select_all(capture.blocks[block], select)], block) for block in site.earlier}
+    for sibling, outputs in capture.before.get(layer.name, {}).items():
+        stubs[sibling] = _giving([select_all(output, select) for output in outputs], sibling)
+    flat = capture.calls[layer.name].output.dim() == 2
+    stubs[layer.module] = _giving([experts.flatten(0, 1) if flat else experts], layer.module)
+    with patched(stubs):
+        return parts.base(**own_cache(fresh(inputs))).last_hidden_state
+
+
+def _giving(outputs: list[Any], module: nn.Module) -> Callable:
+    """A forward that gives the recorded outputs one by one and then computes again."""
+    waiting, forward = list(outputs), module.forward
+
+    def stub(*args: Any, **kwargs: Any) -> Any:
+        return waiting.pop(0) if waiting else forward(*args, **kwargs)
+
+    return stub
+
+
+def select_all(value: Any, select: Callable[[Tensor], Tensor]) -> Any:
+    """Applies `select` to every tensor of a nested output."""
+    return tree_map(lambda leaf: select(leaf) if isinstance(leaf, Tensor) else leaf, value)
+
+
+def _at_tokens(value: Tensor, batch_shape: tuple[int, int], tokens: Tensor) -> Tensor:
+    """The tokens of a tensor `[B, S, ...]` as sequences of length one, or of a tensor `[B * S, ...]`."""
+    batch, length = batch_shape
+    if value.shape[:2] == batch_shape:
+        return value.flatten(0, 1)[tokens].unsqueeze(1)
+    return value[tokens] if value.dim() and value.shape[0] == batch * length else value
+
+
+def _at_rows(value: Tensor, batch_shape: tuple[int, int], rows: Tensor) -> Tensor:
+    """The sequences of a tensor `[B, ...]`, or of a tensor `[B * S, ...]`."""
+    batch, length = batch_shape
+    if value.dim() and value.shape[0] == batch:
+        return value[rows]
+    if value.dim() and value.shape[0] == batch * length:
+        return value.unflatten(0, batch_shape)[rows].flatten(0, 1)
+    return value
 
 
 def take_rows(inputs: dict[str, Any], batch: int, rows: Tensor) -> dict[str, Any]:
@@ -174,6 +270,8 @@ def take_rows(inputs: dict[str, Any], batch: int, rows: Tensor) -> dict[str, Any
     def take(value: Any, name: str) -> Any:
         if isinstance(value, dict):
             return {key: take(item, key) for key, item in value.items()}
+        if name == "past_key_values" and value is not None:
+            return _cache_rows(value, rows)
         if not isinstance(value, Tensor) or value.dim() < 2:
             return value
         if name == "position_ids" and value.dim() == 3 and value.shape[1] == batch:
@@ -183,113 +281,27 @@ def take_rows(inputs: dict[str, Any], batch: int, rows: Tensor) -> dict[str, Any
     return {name: take(value, name) for name, value in inputs.items()}
 
 
-def counterfactual_logits(
-    parts: Anatomy, capture: Capture, layer: MoELayer, tokens: Tensor, outputs: Tensor, certificate: Certificate
-) -> Tensor:
-    """Logits `[n, k, V]` of the tokens `[n]` when each expert's output `[n, k, H]` alone carries the routing mass."""
-    call = capture.calls[layer.name]
-    weights = call.weights[tokens].unsqueeze(-1).to(outputs.dtype)
-    change = weights.sum(1, keepdim=True) * outputs - (weights * outputs).sum(1, keepdim=True)
-    hidden = delta_hidden(parts, capture, tokens, change, certificate.coefficient)
-    logits = tail(parts, capture, hidden)
-    return logits.reshape(*outputs.shape[:2], -1)
+def _cache_rows(cache: Any, rows: Tensor) -> Any:
+    cache = copy.deepcopy(cache)
+    cache.batch_select_indices(rows)
+    return cache
 
 
-def certify(parts: Anatomy, layer: MoELayer, capture: Capture) -> Certificate:
-    """Compares each path with full forwards in which tokens were rerouted, and takes the cheapest exact one.
+def own_cache(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with a copy of their cache, which a forward changes."""
+    cache = inputs.get("past_key_values")
+    return inputs if cache is None else {**inputs, "past_key_values": copy.deepcopy(cache)}
 
-    It runs in evaluation mode and without gradient, on a few real tokens of one row of the captured batch.
 
-    Raises:
-        UnsupportedMoEError: no path gives the logits of brute force.
-    """
-    with torch.no_grad(), evaluating(parts.outer), replaying(parts, capture.autocast):
-        row = _longest_row(capture)
-        inputs = take_rows(_fresh(capture.inputs), capture.batch_shape[0], row[None])
-        recorder = Recorder(parts, [layer])
-        with recorder.attached():
-            logits = parts.outer(**inputs).logits
-        seen = recorder.capture
-        tokens = _probed_tokens(parts, inputs, seen, logits)
-        call = seen.calls[layer.name]
-        outputs = consult(layer.module, call, tokens, call.index[tokens])
-        truth = brute_force(parts, layer, seen, inputs, tokens)
-        plain = tail(parts, seen, seen.last_hidden.flatten(0, 1)[tokens].unsqueeze(1)).unsqueeze(1)
-        scale, effect = float(truth.abs().max()), float((truth - plain).abs().max())
-        tolerance = _TOLERANCE * scale if truth.dtype == torch.float32 else 16 * torch.finfo(truth.dtype).eps * scale
-        trial = Certificate("delta", 0.0, scale, effect, layer.name)
-        error = float((counterfactual_logits(parts, seen, layer, tokens, outputs, trial) - truth).abs().max())
-        if error <= tolerance:
-            return replace(trial, error=error)
-    raise UnsupportedMoEError(
-        f"No path gives the counterfactual logits of {layer.name}: off by {error:.2g} on logits up to {scale:.2g}."
+def fresh(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a base model for another forward: no new cache, no outputs besides the hidden state."""
+    dropped = (
+        "use_cache",
+        "labels",
+        "output_hidden_states",
+        "output_attentions",
+        "output_router_logits",
+        "return_dict",
     )
-
-
-def _fresh(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of a base model without what an earlier step or another output left in them."""
-    dropped = ("past_key_values", "use_cache", "labels", "output_hidden_states", "output_attentions", "return_dict")
     given = {name: value for name, value in inputs.items() if value is not None and name not in dropped}
     return {**given, "use_cache": False}
-
-
-def _longest_row(capture: Capture) -> Tensor:
-    mask = capture.inputs.get("attention_mask")
-    device = capture.last_hidden.device
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask.sum(-1).argmax().to(device)
-    return torch.zeros((), dtype=torch.long, device=device)
-
-
-def _probed_tokens(parts: Anatomy, inputs: dict[str, Any], seen: Capture, logits: Tensor) -> Tensor:
-    """The last real token of the row and one in the middle; for a classifier the token that it reads."""
-    if logits.dim() == 2:
-        each = tail(parts, seen, seen.last_hidden.transpose(0, 1))
-        return (each - logits).abs().amax(-1).argmin()[None]
-    mask = inputs.get("attention_mask")
-    real = torch.arange(seen.batch_shape[1], device=seen.last_hidden.device)
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        real = mask[0, -len(real) :].nonzero().squeeze(-1).to(real.device)
-    return torch.unique(real[[len(real) // 2, -1]])
-
-
-def brute_force(parts: Anatomy, layer: MoELayer, seen: Capture, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
-    """Logits `[n, k, V]` from one full forward per token and selected expert, with the token rerouted to it alone."""
-    call = seen.calls[layer.name]
-    rows = []
-    for token in tokens.tolist():
-        for expert in call.index[token].tolist():
-            hook = _reroute(token, expert)
-            handles = [layer.module.register_forward_pre_hook(hook, with_kwargs=True)]
-            head = parts.outer.get_output_embeddings()
-            if head is not None:
-                handles.append(head.register_forward_pre_hook(lambda _, args, token=token: (args[0][:, [token]],)))
-            with hooked(handles):
-                logits = parts.outer(**inputs).logits
-            rows.append(logits.reshape(-1, logits.shape[-1])[-1])
-    return torch.stack(rows).reshape(len(tokens), -1, rows[0].shape[-1])
-
-
-def _reroute(token: int, expert: int) -> Callable[..., tuple[tuple, dict]]:
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        hidden, index, weights = bind_experts(module, args, kwargs)
-        index, weights = index.clone(), weights.clone()
-        index[token], mass = expert, weights[token].sum()
-        weights[token] = 0
-        weights[token, 0] = mass
-        return (hidden, index, weights), {}
-
-    return hook
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; on exit every module has its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -178,10 +178,14 @@ def _top_k(modules: dict[str, nn.Module], name: str) -> int | None:
 
 
 def _why_unsupported(model: nn.Module) -> str:
+    def suspicious(module: nn.Module) -> bool:
+        named = " ".join([type(module).__name__, *module._modules]).lower()
+        return any(word in named for word in ("expert", "router", "moe")) and "layers" not in module._modules
+
     suspects = {
         type(module).__name__: forward_parameters(module)
         for module in model.modules()
-        if "expert" in type(module).__name__.lower() or "expert" in " ".join(module._modules).lower()
+        if suspicious(module) and not hasattr(module, "base_model_prefix")
     }
     if not suspects:
         return f"{type(model).__name__} has no MoE layer: give a sparse Mixture-of-Experts model."

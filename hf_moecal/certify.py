@@ -1,0 +1,243 @@
+"""Which way to the counterfactual logits is exact for the model at hand: each is compared with brute force."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Anatomy, Capture, Recorder
+from .replay import (
+    Reroute,
+    delta_logits,
+    final_norm,
+    fresh,
+    gather_logits,
+    own_cache,
+    prefix_logits,
+    replaying,
+    tail,
+    take_rows,
+)
+from .routing import MoELayer, UnsupportedMoEError, hooked
+
+
+_TOLERANCE = 1e-5  # of the logits' scale, in float32
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How the counterfactual logits of one layer are computed, and how well that agrees with brute force.
+
+    Args:
+        path (`str`): "delta", "gather" or "prefix", from cheap to dear.
+        error (`float`): largest absolute difference from the logits of full forwards with the token rerouted.
+        scale (`float`): largest absolute logit among them.
+        effect (`float`): largest absolute change that the rerouting makes to a logit.
+        layer (`str`): name of the MoE layer.
+        coefficient (`float`, *optional*): what the final hidden state receives of a change of the experts' output;
+            "delta" only.
+    """
+
+    path: str
+    error: float
+    scale: float
+    effect: float
+    layer: str
+    coefficient: float | None = None
+
+
+def columns_of(parts: Anatomy, layer: MoELayer, capture: Capture) -> int:
+    """How many columns an index of one expert needs, checked by sum_k w_k E_k giving the experts' output.
+
+    One is enough nearly everywhere; some experts take a second, of weight zero, to tell tokens from choices.
+
+    Raises:
+        UnsupportedMoEError: the experts' output is not the weighted sum of what each gives alone.
+    """
+    call, gap = capture.calls[layer.name], float("nan")
+    tokens = torch.arange(len(call.index), device=call.index.device)[:: max(1, len(call.index) - 1)][:2]
+    with torch.no_grad(), replaying(parts, capture.autocast):
+        whole = layer.module(call.hidden[tokens], call.index[tokens], call.weights[tokens]).flatten(0, -2)
+        for columns in (1, 2):
+            try:
+                route = Reroute.to(layer.module, call, tokens, call.index[tokens], columns=columns)
+            except (IndexError, RuntimeError, ValueError):
+                continue
+            gap = float((route.together.squeeze(1) - whole).abs().max() / whole.abs().max())
+            if gap <= _tolerance(whole.dtype, capture):
+                return columns
+    raise UnsupportedMoEError(
+        f"The output of {layer.name} is not the weighted sum of what its experts put out alone (relative gap "
+        f"{gap:.2g}), so no expert has a prediction of its own."
+    )
+
+
+def counterfactual_logits(
+    parts: Anatomy, capture: Capture, layer: MoELayer, route: Reroute, certificate: Certificate
+) -> Tensor:
+    """Logits `[n, m, V]` of the rerouted tokens, by the path that the certificate names."""
+    if certificate.path == "delta":
+        return delta_logits(parts, capture, route, certificate.coefficient)
+    path = {"gather": gather_logits, "prefix": prefix_logits}[certificate.path]
+    return path(parts, capture, layer, route)
+
+
+def certify(parts: Anatomy, layer: MoELayer, capture: Capture, columns: int) -> Certificate:
+    """Compares each path with full forwards in which tokens were rerouted, and takes the cheapest exact one.
+
+    It runs in evaluation mode and without gradient, on one or two real tokens of one row of the captured batch.
+
+    Raises:
+        UnsupportedMoEError: no path gives the logits of brute force.
+    """
+    with torch.no_grad(), evaluating(parts.outer), replaying(parts, capture.autocast):
+        inputs = take_rows(fresh(capture.inputs), capture.batch_shape[0], _longest_row(capture)[None])
+        logits, seen = _observed(parts, layer, inputs)
+        call, tokens = seen.calls[layer.name], _certified_tokens(parts, inputs, seen, logits)
+        ids = call.index[tokens]
+        if ids.shape[1] == 1:  # the selected expert alone changes nothing, which would certify any path
+            ids = (ids + 1) % layer.num_experts
+        route = Reroute.to(layer.module, call, tokens, ids, columns=columns)
+        plain = tail(parts, seen, seen.last_hidden.flatten(0, 1)[tokens].unsqueeze(1)).unsqueeze(1)
+        truth, changes = brute_force(parts, layer, seen, inputs, route)
+        tolerance = _tolerance(truth.dtype, capture)
+        if (truth - plain).abs().max() < 10 * tolerance * truth.abs().max():
+            route = _pushed(parts, seen, route)
+            truth, changes = brute_force(parts, layer, seen, inputs, route)
+        scale, effect = float(truth.abs().max()), float((truth - plain).abs().max())
+        untried = Certificate("", tolerance * scale, scale, effect, layer.name, _coefficient(route, changes))
+        return _cheapest(parts, seen, layer, route, truth, untried)
+
+
+def _cheapest(
+    parts: Anatomy, seen: Capture, layer: MoELayer, route: Reroute, truth: Tensor, untried: Certificate
+) -> Certificate:
+    misses = []
+    for path in ("delta", "gather", "prefix"):
+        trial = replace(untried, path=path)
+        try:
+            found = counterfactual_logits(parts, seen, layer, route, trial)
+        except Exception as failure:  # whatever a replay of unknown code raises, it is no path for it
+            misses.append(f"{path} fails ({type(failure).__name__}: {failure})")
+            continue
+        error = float((found - truth).abs().max())
+        if error <= untried.error:
+            return replace(trial, error=error, coefficient=trial.coefficient if path == "delta" else None)
+        misses.append(f"{path} is off by {error:.2g}")
+    raise UnsupportedMoEError(
+        f"No path gives the counterfactual logits of {layer.name}, which reach {untried.scale:.2g}: "
+        f"{'; '.join(misses)}."
+    )
+
+
+def _tolerance(dtype: torch.dtype, capture: Capture) -> float:
+    if capture.autocast["enabled"]:
+        dtype = capture.autocast["dtype"]
+    return _TOLERANCE if dtype in (torch.float32, torch.float64) else 8 * torch.finfo(dtype).eps
+
+
+def _pushed(parts: Anatomy, seen: Capture, route: Reroute) -> Reroute:
+    """The same tokens, pushed as hard as their hidden states are long.
+
+    Experts that (still) agree move no logit by more than rounding, which would certify any path.
+    """
+    generator = torch.Generator().manual_seed(0)
+    push = torch.randn(route.alone.shape, generator=generator).to(route.alone)
+    hidden = torch.stack([_norm_input(parts, seen, token) for token in route.tokens])
+    return replace(route, alone=route.alone + push * hidden.float().square().mean().sqrt())
+
+
+def _observed(parts: Anatomy, layer: MoELayer, inputs: dict[str, Any]) -> tuple[Tensor, Capture]:
+    recorder = Recorder(parts, [layer], replayed={layer.name})
+    with recorder.attached():
+        logits = parts.outer(**own_cache(inputs)).logits
+    return logits, recorder.capture
+
+
+def _coefficient(route: Reroute, changes: Tensor) -> float:
+    """What the final norm's input received of the change of the experts' output, in the least-squares sense."""
+    change = route.alone - route.together
+    if changes.shape != change.shape or not change.any():
+        return 1.0
+    change, changes = change.double(), changes.double()
+    coefficient = float((change * changes).sum() / change.square().sum())
+    return 1.0 if abs(coefficient - 1) < 1e-4 else coefficient
+
+
+def _longest_row(capture: Capture) -> Tensor:
+    mask = capture.inputs.get("attention_mask")
+    device = capture.last_hidden.device
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.sum(-1).argmax().to(device)
+    return torch.zeros((), dtype=torch.long, device=device)
+
+
+def _certified_tokens(parts: Anatomy, inputs: dict[str, Any], seen: Capture, logits: Tensor) -> Tensor:
+    """The last real token of the row and one in the middle; for a classifier the token that it reads."""
+    if logits.dim() == 2:
+        each = tail(parts, seen, seen.last_hidden.transpose(0, 1))
+        return (each - logits).abs().amax(-1).argmin()[None]
+    mask = inputs.get("attention_mask")
+    real = torch.arange(seen.batch_shape[1], device=seen.last_hidden.device)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        real = mask[0, -len(real) :].nonzero().squeeze(-1).to(real.device)
+    return torch.unique(real[[len(real) // 2, -1]])
+
+
+def brute_force(
+    parts: Anatomy, layer: MoELayer, seen: Capture, inputs: dict[str, Any], route: Reroute
+) -> tuple[Tensor, Tensor]:
+    """One full forward per token and expert, with the experts' output replaced at that token.
+
+    Returns:
+        The logits `[n, m, V]`, and by how much the input of the final norm changed, `[n, m, H]`.
+    """
+    shape = route.alone.shape[:2]
+    logits, changes = [], []
+    for token, alone in zip(route.tokens.repeat_interleave(shape[1]), route.alone.flatten(0, 1), strict=True):
+        found, after = _rerouted(parts, layer, inputs, token, alone)
+        logits.append(found)
+        changes.append(_norm_input(parts, after, token) - _norm_input(parts, seen, token))
+    return torch.stack(logits).unflatten(0, shape), torch.stack(changes).unflatten(0, shape)
+
+
+def _rerouted(
+    parts: Anatomy, layer: MoELayer, inputs: dict[str, Any], token: Tensor, alone: Tensor
+) -> tuple[Tensor, Capture]:
+    def replace_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        flat = output.reshape(-1, output.shape[-1])
+        return flat.index_copy(0, token[None], alone[None].to(flat.dtype)).reshape(output.shape)
+
+    handles = [layer.module.register_forward_hook(replace_output)]
+    head = parts.outer.get_output_embeddings()
+    if head is not None:  # never the logits of all positions
+        handles.append(head.register_forward_pre_hook(lambda _, args: (args[0][:, token[None]],)))
+    with hooked(handles):
+        logits, capture = _observed(parts, layer, inputs)
+    everywhere = head is None and logits.dim() == 3
+    return (logits[0, token] if everywhere else logits.reshape(-1, logits.shape[-1])[-1]), capture
+
+
+def _norm_input(parts: Anatomy, capture: Capture, token: Tensor) -> Tensor:
+    try:
+        return final_norm(parts, capture)[1].flatten(0, 1)[token]
+    except UnsupportedMoEError:
+        return capture.last_hidden.flatten(0, 1)[token]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; on exit every module has its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
