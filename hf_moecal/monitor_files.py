@@ -1,0 +1,127 @@
+"""What a monitor leaves on disk: its windows, the rows set aside, Prometheus metrics, and the state to go on from.
+
+Lines are appended and forced to disk before the state that counts them is renamed into place. A monitor that is killed
+in between finds lines beyond the state when it starts again; it cuts them off and reads the same rows once more. So
+every row is counted once and every window is reported once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .exposition import exposition
+
+
+if TYPE_CHECKING:
+    from .log_checks import Rejected
+    from .monitor import WindowStream
+
+WINDOWS, REJECTED, METRICS = "windows.jsonl", "rejected.jsonl", "metrics.prom"
+
+
+class MonitorFiles:
+    """Writes the files of a monitor.
+
+    Args:
+        folder: folder for windows, rejected rows and metrics, or `None` for none of them.
+        state: path of the state file, or `None` for none.
+    """
+
+    def __init__(self, folder: str | Path | None, state: str | Path | None) -> None:
+        self.folder = Path(folder) if folder is not None else None
+        self.state = Path(state) if state is not None else None
+        self.fingerprint = ""
+        for path in (self.folder, self.state and self.state.parent):
+            if path:
+                path.mkdir(parents=True, exist_ok=True)
+
+    def resume(self, stream: WindowStream, totals: dict[str, Any], *, settings: Mapping[str, Any]) -> dict[str, int]:
+        """Loads the state into `stream` and `totals`; returns the position to read from.
+
+        Raises:
+            ValueError: the state is unreadable, or was made with another reference or other settings.
+        """
+        self.fingerprint = _fingerprint(stream, settings)
+        if self.state is None or not self.state.exists():
+            self._cut({WINDOWS: 0, REJECTED: 0})
+            return {}
+        try:
+            with np.load(self.state, allow_pickle=False) as saved:
+                arrays = dict(saved)
+            plain = json.loads(arrays.pop("plain").item())
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"The monitor state {self.state.name!r} is unreadable ({error}); delete it to start anew."
+            ) from error
+        if plain["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                f"The monitor state {self.state.name!r} was made with another reference or other settings; "
+                "use those, or another state file."
+            )
+        self._cut(plain["lengths"])
+        stream.load(plain["stream"], arrays)
+        totals.update({**plain["totals"], "rejected": type(totals["rejected"])(plain["totals"]["rejected"])})
+        return plain["position"]
+
+    def save(self, stream: WindowStream, totals: Mapping[str, Any], position: Mapping[str, int]) -> None:
+        """Writes the state, in one step."""
+        if self.state is None:
+            return
+        opened, arrays = stream.state()
+        plain = {
+            "fingerprint": self.fingerprint,
+            "lengths": self._lengths(),
+            "stream": opened,
+            "totals": totals,
+            "position": position,
+        }
+        partial = self.state.with_name(self.state.name + ".partial")
+        with partial.open("wb") as file:
+            np.savez(file, plain=np.array(json.dumps(plain)), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.state)
+
+    def record(self, window: Mapping[str, Any], totals: Mapping[str, Any]) -> None:
+        """Appends a window and rewrites the metrics."""
+        self._append(WINDOWS, [window])
+        if self.folder is not None:
+            partial = self.folder / (METRICS + ".partial")
+            partial.write_text(exposition(window, totals), encoding="utf-8")
+            os.replace(partial, self.folder / METRICS)
+
+    def set_aside(self, rows: Sequence[Rejected]) -> None:
+        """Appends bad rows with their reasons."""
+        self._append(REJECTED, [row.to_dict() for row in rows])
+
+    def _append(self, name: str, items: Sequence[Mapping[str, Any]]) -> None:
+        if self.folder is None:
+            return
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(item, default=str) + "\n" for item in items)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _lengths(self) -> dict[str, int]:
+        files = {name: self.folder / name for name in (WINDOWS, REJECTED)} if self.folder else {}
+        return {name: path.stat().st_size if path.exists() else 0 for name, path in files.items()}
+
+    def _cut(self, lengths: Mapping[str, int]) -> None:
+        for name, length in lengths.items() if self.folder else ():
+            if (self.folder / name).exists():
+                os.truncate(self.folder / name, length)
+
+
+def _fingerprint(stream: WindowStream, settings: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps([settings, stream.schema.needed], sort_keys=True).encode())
+    for test in stream.detector.tests.values():
+        for values in test.fixed():
+            digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
