@@ -32,10 +32,8 @@ _TEXTS = (
     "def mean(values): return sum(values) / len(values)",
     "Wer lesen kann, ist klar im Vorteil.",
 )
-_CONFIG_SCALES = {
-    "logits_scaling": 1,
-    "logit_scale": -1,
-}  # the power of T: the first divides, the second multiplies
+_CONFIG_SCALES = {"logits_scaling": -1, "logit_scale": 1}
+"""Config fields that scale the logits, and the power with which: the first divides, the second multiplies."""
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.png", "*.svg")
 _NOT_COPIED = ("config.json", "*.index.json", "calibration.json", "trainer_state.json", "training_args*")
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
