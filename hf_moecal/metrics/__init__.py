@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from .accumulator import CalibrationAccumulator
 from .binning import reliability_bins
-from .report import calibration_metrics, calibration_report, expected_calibration_error, metric_path
+from .compute_metrics import calibration_metrics
+from .groups import routing_groups
+from .report import calibration_report, expected_calibration_error, metric_path, table_report
 
 
 __all__ = [
@@ -14,4 +16,6 @@ __all__ = [
     "expected_calibration_error",
     "metric_path",
     "reliability_bins",
+    "routing_groups",
+    "table_report",
 ]

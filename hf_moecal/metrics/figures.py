@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
+
+
+ERRORS = ("ece", "ece_l2", "ece_max", "ece_debiased", "ece_l2_debiased", "ece_noise_floor")
+BRIER_TERMS = ("brier", "reliability", "resolution", "uncertainty", "within_bins")
 
 
 def errors(moments: np.ndarray) -> dict[str, float]:
@@ -92,15 +95,24 @@ def resample(
 def interval(moments: np.ndarray, bootstrap: int, seed: int) -> list[float]:
     """95 % bootstrap interval of the calibration error of one group (moments [6, B, 2])."""
     _, mass, hits, mass2, cross, squares = moments
-    _, sums = resample(moments, mass - hits, mass2 - 2 * cross + squares, bootstrap, seed)
-    drawn = np.abs(sums.sum(-1)).sum(-1) / moments[0].sum()
-    return basic_interval(float(np.abs((mass - hits).sum(-1)).sum() / moments[0].sum()), drawn)
+    gaps = mass - hits
+    _, sums = resample(moments, gaps, mass2 - 2 * cross + squares, bootstrap, seed)
+    n, gap = moments[0].sum(), gaps.sum(-1)
+    drawn = sums.sum(-1)
+    return covering_interval(np.abs(gap).sum() / n, np.abs(drawn).sum(-1) / n, np.abs(drawn - gap).sum(-1) / n)
 
 
-def basic_interval(value: float, drawn: np.ndarray) -> list[float]:
-    """Reflects the resampled values about the estimate: resampling adds noise once more, and with it upward bias."""
+def covering_interval(value: float, drawn: np.ndarray, noise: np.ndarray) -> list[float]:
+    """95 % interval of an error that cannot be negative, from its resamples and from those of a model without error.
+
+    Resampling adds noise a second time, and noise only ever raises such an error: percentiles alone never reach a true
+    value of zero. So the upper end is the percentile, the lower one is reflected about the estimate, and it is zero
+    where noise alone explains the estimate. Conservative: it covers the true value in 95 % of samples or more.
+    """
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return [max(0.0, 2 * value - float(high)), max(0.0, 2 * value - float(low))]
+    if value <= np.quantile(noise, 0.975):
+        return [0.0, float(max(high, value))]
+    return [float(min(max(0.0, 2 * value - high), low, value)), float(max(high, value))]
 
 
 def brier_decomposition(moments: np.ndarray) -> dict[str, float]:
@@ -122,10 +134,3 @@ def brier_decomposition(moments: np.ndarray) -> dict[str, float]:
         "within_bins": within,
     }
     return {name: float(value) for name, value in terms.items()}
-
-
-def plain(value: Any) -> Any:
-    """The same with numpy scalars and arrays as Python numbers and lists."""
-    if isinstance(value, dict):
-        return {name: plain(entry) for name, entry in value.items()}
-    return value.tolist() if hasattr(value, "tolist") else value

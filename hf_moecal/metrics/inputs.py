@@ -30,6 +30,14 @@ class Rows(NamedTuple):
     scores: np.ndarray | None = None
     events: np.ndarray | None = None
 
+    def take(self, index: Any) -> Rows:
+        """The rows of a slice, a mask or an index array."""
+        return Rows(*(None if array is None else array[index] for array in self))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Rows]) -> Rows:
+        return cls(*(None if arrays[0] is None else np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
 
 def as_array(name: str, value: Any, *, ndim: tuple[int, ...] = (1,)) -> np.ndarray:
     """A numeric numpy array of the wanted number of dimensions from a list, array, tensor or column.

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..table import columns, names
 from .accumulator import DEFAULT_BOOTSTRAP, CalibrationAccumulator
 from .binning import DEFAULT_BINS, equal_mass, equal_width, gap_sums
-from .inputs import as_array, check_choice, check_length, read_correct, unit_interval
+from .groups import column_groups
+from .inputs import as_array, check_choice, read_correct, unit_interval
 from .rows import top_label
-
-
-FLAT = ("ece", "ece_debiased", "nll", "brier", "accuracy", "signed_gap", "n")
 
 
 def calibration_report(
@@ -62,7 +61,8 @@ def calibration_report(
         `ece_interval` (95 %); `ece_noise_floor` (what a perfectly calibrated model would score with as many rows);
         `signed_gap` (confidence minus accuracy) and `signed_gap_interval`; `accuracy`, `confidence`, `nll` (nats),
         `brier`, `brier_decomposition`, `aurc`, `auroc`, `n`, `n_ignored`. With groups also `groups` (the same by
-        name), `worst_group`, `worst_group_ece`, `group_spread`. Figures that the input cannot give are NaN.
+        name), `worst_group`, `worst_group_ece`, `group_spread`. The worst group
+        is the one whose interval starts highest. Figures that the input cannot give are NaN.
 
     Raises:
         ValueError: input of a wrong shape, type or value; the message says which and what to do.
@@ -123,54 +123,51 @@ def expected_calibration_error(
     return float(np.abs(gap_sums(confidence, event, edges, check=True)).sum() / len(confidence))
 
 
-def calibration_metrics(*, bins: int = DEFAULT_BINS, strategy: str = "equal_width") -> Callable[..., dict[str, float]]:
-    """A `compute_metrics` for any `Trainer`: calibration next to the loss, without changing how you train.
+def table_report(
+    table: Any,
+    *,
+    groups: str | Sequence[str] | None = None,
+    routing: Sequence[str] = (),
+    routing_bins: int = 4,
+    **options: Any,
+) -> dict[str, Any]:
+    """The calibration of a predictions table, by its groups and by how its examples were routed.
 
-    The model's first output is taken as the logits [N, C] and `label_ids` as the classes [N] (-100 for none). It also
-    serves `batch_eval_metrics=True`.
+    Args:
+        table (`datasets.Dataset` or mapping of columns): predictions, see `hf_moecal.table`.
+        groups (`str` or list): group columns; by default the column `group` if there is one.
+        routing (list of `str`): also group by these, see [`routing_groups`].
+        routing_bins (`int`): groups for each numeric routing column.
+        **options: further arguments of [`calibration_report`], such as `bins` or `mode`.
 
     Returns:
-        `Callable`: gives `ece`, `ece_debiased`, `nll`, `brier`, `accuracy`, `signed_gap` and `n`.
+        `dict`: as [`calibration_report`]. From `probs`, else from `logits`, else from `confidence` and `prediction`.
+
+    Raises:
+        ValueError: the table lacks a column, or holds a value that is not usable.
 
     Example:
 
     ```python
-    >>> import numpy as np
-    >>> from hf_moecal.metrics import calibration_metrics
-    >>> compute_metrics = calibration_metrics()  # Trainer(..., compute_metrics=compute_metrics)
-    >>> found = compute_metrics((np.array([[2.0, 0.0], [0.0, 1.0]]), np.array([0, 1])))
-    >>> found["accuracy"]
-    1.0
+    >>> from hf_moecal.metrics import table_report
+    >>> table = {"label": [0, 1], "probs": [[0.9, 0.1], [0.2, 0.8]], "disagreement": [0.0, 0.3]}
+    >>> list(table_report(table, routing=["disagreement"], routing_bins=2)["groups"])
+    ['disagreement=1/2: 0 to 0', 'disagreement=2/2: 0.3 to 0.3']
 
     ```
     """
-    pending = [CalibrationAccumulator()]
-
-    def compute_metrics(prediction: Any, compute_result: bool = True) -> dict[str, float]:
-        logits, labels = (
-            prediction if isinstance(prediction, tuple) else (prediction.predictions, prediction.label_ids)
-        )
-        logits = logits[0] if isinstance(logits, tuple | list) else logits
-        pending[0].add(_labels_of(labels, logits), logits=logits)
-        if not compute_result:
-            return {}
-        accumulator, pending[0] = pending[0], CalibrationAccumulator()
-        report = accumulator.report(bins=bins, strategy=strategy, bootstrap=0, ranked=False)
-        return {name: float(report[name]) for name in FLAT}
-
-    return compute_metrics
-
-
-def _labels_of(labels: Any, logits: Any) -> Any:
-    if labels is None:
-        raise ValueError("the evaluation set has no labels; give the Trainer a dataset with a label column.")
-    if np.ndim(logits) == 3:
-        raise ValueError(
-            f"logits of shape {tuple(logits.shape)} are one row per token; reduce them to [N, C] and the labels "
-            "to [N] with Trainer(preprocess_logits_for_metrics=...), shifting by one for a causal language model."
-        )
-    check_length("labels", labels, len(logits), "logits")
-    return labels
+    present = names(table)
+    source = next((name for name in ("probs", "logits") if name in present), None)
+    if source:
+        read = columns(table, "label", source)
+        scores = {source: read[source]}
+    else:
+        read = columns(table, "label", "confidence", "prediction")
+        scores = {"confidence": read["confidence"], "predictions": read["prediction"]}
+    grouped = column_groups(table, groups, routing, routing_bins)
+    if grouped and list(grouped) == ["group"]:
+        grouped = grouped["group"]
+    return calibration_report(read["label"], **scores, groups=grouped, **options)
 
 
 def metric_path(name: str = "ece") -> str:

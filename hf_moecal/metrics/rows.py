@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -194,52 +193,4 @@ def _confidence_rows(confidence: np.ndarray, event: np.ndarray) -> Rows:
 
 def keep(rows: Rows, mask: np.ndarray) -> Rows:
     """The rows of a mask; the very same arrays where the mask keeps everything."""
-    return rows if mask.all() else Rows(*(None if array is None else array[mask] for array in rows))
-
-
-def group_columns(groups: Any, n: int) -> dict[str, list]:
-    """Group columns by name: `""` for a plain sequence, the mapping's own names otherwise.
-
-    Raises:
-        ValueError: a column has the wrong length or holds missing or unhashable values.
-    """
-    if groups is None:
-        return {}
-    if isinstance(groups, str | bytes):
-        raise ValueError(f"groups must hold one group name per example, got the single string {groups!r}.")
-    columns = dict(groups) if isinstance(groups, Mapping) else {"": groups}
-    if not columns:
-        raise ValueError("groups is an empty mapping; leave it out, or give at least one column.")
-    read = {
-        str(name): _group_values(f"groups[{name!r}]" if name else "groups", column) for name, column in columns.items()
-    }
-    for name, column in read.items():
-        check_length(f"groups[{name!r}]" if name else "groups", column, n, "the data")
-    return read
-
-
-def _group_values(name: str, column: Any) -> list:
-    if isinstance(column, np.ma.MaskedArray):
-        raise ValueError(f"{name} is a masked array; give every example a group name.")
-    if not hasattr(column, "__len__") or isinstance(column, str | bytes):
-        raise ValueError(f"{name} must hold one group name per example, got {type(column).__name__}.")
-    values = column.tolist() if hasattr(column, "tolist") else list(column)
-    kinds = set(map(type, values))
-    if kinds <= {str} or kinds <= {int, bool}:
-        return values
-    if kinds <= {str, int, bool}:
-        raise ValueError(f"{name} mixes strings and numbers; group names must be all strings or all whole numbers.")
-    row, value = next((i, value) for i, value in enumerate(values) if not isinstance(value, str | int))
-    raise ValueError(f"{name} holds {value!r} in row {row}; every example needs a string or a whole number.")
-
-
-def encode(values: Sequence, known: dict[Any, int], *, fixed: bool) -> np.ndarray:
-    """Group values as small integers; new names are added to `known` unless it is `fixed`."""
-    if fixed:
-        unknown = set(values) - known.keys()
-        if unknown:
-            raise ValueError(f"unknown group {sorted(map(str, unknown))[0]!r}; the groups are {list(known)}.")
-    else:
-        for value in dict.fromkeys(values):
-            known.setdefault(value, len(known))
-    return np.fromiter(map(known.__getitem__, values), dtype=np.int32, count=len(values))
+    return rows if mask.all() else rows.take(mask)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .binning import MOMENTS, Edges, bin_index, cells
-from .figures import basic_interval, brier_decomposition, errors, interval
+from .figures import BRIER_TERMS, ERRORS, brier_decomposition, covering_interval, errors, interval
 from .inputs import Rows
 
 
@@ -88,14 +88,12 @@ class Tally:
         draws = rng.multinomial(len(some), np.full(len(some), 1 / len(some)), size=bootstrap).astype(np.float64)
         sizes = draws @ self.block_sizes[some]
         classes = self.blocks.shape[1]
-        drawn = np.zeros(bootstrap)
+        drawn, noise = np.zeros(bootstrap), np.zeros(bootstrap)
         for k in range(classes):
-            drawn += np.abs(draws @ self.blocks[some, k]).sum(1) / sizes / classes
-        return basic_interval(errors(self.moments)["ece"], drawn)
-
-
-ERRORS = ("ece", "ece_l2", "ece_max", "ece_debiased", "ece_l2_debiased", "ece_noise_floor")
-BRIER_TERMS = ("brier", "reliability", "resolution", "uncertainty", "within_bins")
+            sums = draws @ self.blocks[some, k]
+            drawn += np.abs(sums).sum(1) / sizes / classes
+            noise += np.abs(sums - self.blocks[some, k].sum(0)).sum(1) / sizes / classes
+        return covering_interval(errors(self.moments)["ece"], drawn, noise)
 
 
 def _blocks(rows: Rows, edges: list[Edges], first_row: int) -> tuple[np.ndarray, np.ndarray]:
