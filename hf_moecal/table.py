@@ -48,7 +48,7 @@ COLUMNS = (
     "expert_weights",
 )
 IGNORED_LABEL = -100
-_READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
 def names(table: Dataset | Mapping[str, Any]) -> list[str]:
@@ -109,11 +109,11 @@ def read_table(path: str | Path) -> Dataset:
         files = sorted(map(str, path.glob("*.parquet")))
         kind = "parquet"
     else:
-        files, kind = ([str(path)] if path.is_file() else []), _READERS.get(path.suffix)
+        files, kind = ([str(path)] if path.is_file() else []), FILE_KINDS.get(path.suffix)
     if not files:
         raise ValueError(f"No predictions table at {str(path)!r}: give a file or a folder of .parquet files.")
     if kind is None:
-        raise ValueError(f"Cannot read {path.name!r}: a predictions table ends in {', '.join(sorted(_READERS))}.")
+        raise ValueError(f"Cannot read {path.name!r}: a predictions table ends in {', '.join(sorted(FILE_KINDS))}.")
     if kind == "parquet":
         return Dataset.from_parquet(files)
     return load_dataset(kind, data_files=files, split="train")
