@@ -230,8 +230,8 @@ class Recorder:
             if capture.grad and not torch.is_grad_enabled():
                 raise ValueError(
                     "The probed layer runs without gradient inside a forward with gradient, as under reentrant "
-                    "checkpointing, which would give silently wrong gradients; call "
-                    'model.gradient_checkpointing_enable({"use_reentrant": False}).'
+                    "checkpointing, which would give silently wrong gradients; make it non-reentrant: "
+                    '{"use_reentrant": False} among the checkpointing arguments.'
                 )
             capture.calls[name] = ExpertCall.of(module, args, kwargs, output)
 

@@ -60,7 +60,7 @@ def columns_of(parts: Anatomy, layer: MoELayer, capture: Capture) -> int:
         UnsupportedMoEError: the experts' output is not the weighted sum of what each gives alone.
     """
     call, gap = capture.calls[layer.name], float("nan")
-    tokens = torch.arange(len(call.index), device=call.index.device)[:: max(1, len(call.index) - 1)][:2]
+    tokens = torch.unique(_real_tokens(capture)[[0, -1]])
     with torch.no_grad(), replaying(parts, capture.autocast):
         whole = layer.module(call.hidden[tokens], call.index[tokens], call.weights[tokens]).flatten(0, -2)
         for columns in (1, 2):
@@ -96,9 +96,10 @@ def certify(parts: Anatomy, layer: MoELayer, capture: Capture, columns: int) -> 
         UnsupportedMoEError: no path gives the logits of brute force.
     """
     with torch.no_grad(), evaluating(parts.outer), replaying(parts, capture.autocast):
-        inputs = take_rows(fresh(capture.inputs), capture.batch_shape[0], _longest_row(capture)[None])
+        longest = _mask(capture).sum(-1).argmax()[None]
+        inputs = take_rows(fresh(capture.inputs), capture.batch_shape[0], longest)
         logits, seen = _observed(parts, layer, inputs)
-        call, tokens = seen.calls[layer.name], _certified_tokens(parts, inputs, seen, logits)
+        call, tokens = seen.calls[layer.name], _certified_tokens(parts, seen, logits)
         ids = call.index[tokens]
         if ids.shape[1] == 1:  # the selected expert alone changes nothing, which would certify any path
             ids = (ids + 1) % layer.num_experts
@@ -169,23 +170,24 @@ def _coefficient(route: Reroute, changes: Tensor) -> float:
     return 1.0 if abs(coefficient - 1) < 1e-4 else coefficient
 
 
-def _longest_row(capture: Capture) -> Tensor:
-    mask = capture.inputs.get("attention_mask")
-    device = capture.last_hidden.device
+def _mask(capture: Capture) -> Tensor:
+    """Which positions `[B, S]` hold real tokens."""
+    mask, length = capture.inputs.get("attention_mask"), capture.batch_shape[1]
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask.sum(-1).argmax().to(device)
-    return torch.zeros((), dtype=torch.long, device=device)
+        return mask[:, -length:].to(capture.last_hidden.device) != 0
+    return torch.ones(capture.batch_shape, dtype=torch.bool, device=capture.last_hidden.device)
 
 
-def _certified_tokens(parts: Anatomy, inputs: dict[str, Any], seen: Capture, logits: Tensor) -> Tensor:
+def _real_tokens(capture: Capture) -> Tensor:
+    return _mask(capture).flatten().nonzero().squeeze(-1)
+
+
+def _certified_tokens(parts: Anatomy, seen: Capture, logits: Tensor) -> Tensor:
     """The last real token of the row and one in the middle; for a classifier the token that it reads."""
     if logits.dim() == 2:
         each = tail(parts, seen, seen.last_hidden.transpose(0, 1))
         return (each - logits).abs().amax(-1).argmin()[None]
-    mask = inputs.get("attention_mask")
-    real = torch.arange(seen.batch_shape[1], device=seen.last_hidden.device)
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        real = mask[0, -len(real) :].nonzero().squeeze(-1).to(real.device)
+    real = _real_tokens(seen)
     return torch.unique(real[[len(real) // 2, -1]])
 
 

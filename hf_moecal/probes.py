@@ -18,13 +18,7 @@ from torch import Tensor, nn
 from .capture import Capture, ExpertCall, Recorder, anatomy
 from .certify import Certificate, certify, columns_of, counterfactual_logits
 from .replay import Reroute, consult, replaying, tail
-from .routing import (
-    MoELayer,
-    RoutingRecord,
-    UnsupportedMoEError,
-    find_moe_layers,
-    hard_routing,
-)
+from .routing import MoELayer, RoutingRecord, UnsupportedMoEError, find_moe_layers, hard_routing, upcast
 
 
 _CHUNK_ELEMENTS = 2**24  # logits of one chunk of tokens and experts
@@ -233,7 +227,7 @@ class ExpertProbe:
 def disagreement(logits: Tensor, expert_logits: Tensor, shares: Tensor) -> Tensor:
     """sum_k r_k ||p^(k) - p||^2 from logits `[n, C]` and `[n, k, C]` and shares `[n, k]`: `[n]`."""
     _check_classes(logits)
-    gap = expert_logits.float().softmax(-1) - logits.float().softmax(-1).unsqueeze(1)
+    gap = upcast(expert_logits).softmax(-1) - upcast(logits).softmax(-1).unsqueeze(1)
     return (shares * gap.square().sum(-1)).sum(-1)
 
 
@@ -245,9 +239,9 @@ def regret(logits: Tensor, expert_logits: Tensor, labels: Tensor) -> Tensor:
             f"Labels are classes 0 to {logits.shape[-1] - 1}, got {int(labels.min())} to {int(labels.max())}; "
             "leave out the tokens that have no label."
         )
-    losses = -logits.float().log_softmax(-1).gather(-1, labels[:, None])
+    losses = -upcast(logits).log_softmax(-1).gather(-1, labels[:, None])
     chosen = labels[:, None, None].expand(-1, expert_logits.shape[1], 1)
-    expert_losses = -expert_logits.float().log_softmax(-1).gather(-1, chosen).squeeze(-1)
+    expert_losses = -upcast(expert_logits).log_softmax(-1).gather(-1, chosen).squeeze(-1)
     return (losses.squeeze(-1) - expert_losses.amin(-1)).relu()
 
 

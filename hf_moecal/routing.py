@@ -25,6 +25,11 @@ class UnsupportedMoEError(ValueError):
     """The model has no MoE layer whose experts can be consulted one by one; the message says why."""
 
 
+def upcast(values: Tensor) -> Tensor:
+    """At least float32."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class MoELayer:
     """One MoE layer of a model.
@@ -66,7 +71,7 @@ class RoutingRecord:
     @property
     def shares(self) -> Tensor:
         """r_k = w_k / S, shape `[T, k]`, at least float32; zero where the mass is zero."""
-        weights = self.weights.to(torch.promote_types(self.weights.dtype, torch.float32))
+        weights = upcast(self.weights)
         mass = weights.sum(-1, keepdim=True)
         return weights / mass.masked_fill(mass == 0, 1)
 
