@@ -5,12 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_moecal.calibration import CalibrationRecord, Calibrator, read_record, write_record
+from hf_moecal.calibration import CalibrationRecord, Calibrator, from_record, read_record, write_record
+from hf_moecal.calibration.record import FILE_NAME, MAX_BYTES
+from hf_moecal.calibration.temperature import IdentityCalibrator, TemperatureCalibrator
+from hf_moecal.loading import load_model
+from hf_moecal.publish import PublishError, push
 
+
+__all__ = [
+    "PublishError",
+    "TABLE_CALIBRATOR",
+    "attach_calibrator",
+    "from_pretrained",
+    "load_calibration",
+    "push",
+    "write_calibration",
+]
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+TABLE_CALIBRATOR = "moecal_table_calibrator"
+"""Attribute of a model whose calibration needs more than logits: a calibrator for its predictions table."""
 
 _STATED_VERSIONS = ("hf_moecal", "transformers", "torch", "numpy", "scikit-learn")
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 def write_calibration(
@@ -37,12 +59,18 @@ def write_calibration(
         The path of the file.
 
     Raises:
-        ValueError: the folder does not exist or the calibrator is not fitted.
+        ValueError: the folder does not exist, the calibrator is not fitted, or the calibration that is there already
+            is part of the weights.
     """
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
         raise ValueError(f"{str(model_dir)!r} is not a folder; give the folder of a saved checkpoint.")
     calibrator.require_fitted()
+    if (model_dir / FILE_NAME).exists() and read_record(model_dir).baked is not None:
+        raise ValueError(
+            "This checkpoint has a temperature in its weights, and a second calibration would hide that; "
+            "calibrate the checkpoint that it was baked from."
+        )
     record = CalibrationRecord(
         method=calibrator.method,
         parameters=calibrator.parameters(),
@@ -56,15 +84,101 @@ def write_calibration(
     return write_record(model_dir, record)
 
 
-def load_calibration(model_dir: str | Path) -> Calibrator:
+def load_calibration(model_dir: str | Path, **hub: Any) -> Calibrator:
     """The calibrator that a checkpoint carries in its `calibration.json`; call its `apply` on a predictions table.
+
+    Args:
+        model_dir: folder, or a repository on the Hub.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only` for a repository.
 
     Raises:
         ValueError: there is no such file, it is malformed, or the calibration is already part of the weights.
     """
-    from hf_moecal.calibration import from_record
+    return from_record(_record_of(model_dir, hub))
 
-    return from_record(read_record(model_dir))
+
+def from_pretrained(model_dir: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """A model that gives calibrated probabilities, in a `transformers` pipeline too.
+
+    In evaluation mode the model's logits are replaced: by logits / T for a temperature, by calibrated
+    log-probabilities for the other methods that need logits only (sequence classification). A loss that the model
+    computes from `labels` stays that of its own logits. A method that needs the routing works on the predictions
+    table: [`~hf_moecal.predict`] applies it. A temperature that is baked into the weights is left as it is.
+
+    Args:
+        model_dir: folder or repository with a checkpoint and its `calibration.json`.
+        kwargs: for `from_pretrained` of transformers, such as `revision`, `token`, `dtype`, `device_map`.
+
+    Raises:
+        ValueError: the checkpoint has no calibration, or a malformed one.
+    """
+    record = _record_of(model_dir, {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
+    model = load_model(model_dir, **kwargs)
+    if record.baked is None:
+        attach_calibrator(model, from_record(record))
+    return model
+
+
+def attach_calibrator(model: PreTrainedModel, calibrator: Calibrator) -> None:
+    """Makes a model in evaluation mode give calibrated logits, or marks it for its predictions table.
+
+    Raises:
+        ValueError: the model has a calibrator already.
+    """
+    if getattr(model, "_moecal_calibrated", False):
+        raise ValueError("This model is calibrated already; load it anew to calibrate it in another way.")
+    model._moecal_calibrated = True
+    if isinstance(calibrator, IdentityCalibrator):
+        return
+    if calibrator.reads or not (isinstance(calibrator, TemperatureCalibrator) or _classifies(model)):
+        setattr(model, TABLE_CALIBRATOR, calibrator)
+        return
+
+    def calibrate(module: torch.nn.Module, arguments: tuple, output: Any) -> Any:
+        if module.training:
+            return output
+        if not hasattr(output, "logits"):
+            raise ValueError("A calibrated model returns named outputs; call it with return_dict=True.")
+        output.logits = _calibrated(output.logits, calibrator)
+        return output
+
+    model.register_forward_hook(calibrate)
+
+
+def _classifies(model: PreTrainedModel) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(base).__name__.endswith("ForSequenceClassification")
+
+
+def _calibrated(logits: torch.Tensor, calibrator: Calibrator) -> torch.Tensor:
+    if isinstance(calibrator, TemperatureCalibrator):
+        return logits / calibrator.temperature
+    import torch
+
+    flat = logits.detach().float().reshape(-1, logits.shape[-1]).cpu().numpy()
+    probs = torch.from_numpy(calibrator.apply({"logits": flat})["probs"])
+    return probs.log().to(logits).reshape(logits.shape)
+
+
+def _record_of(model_dir: str | Path, hub: Mapping[str, Any]) -> CalibrationRecord:
+    """The record of a folder, or of a repository after its size was asked for."""
+    if Path(model_dir).exists():
+        return read_record(model_dir)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+    try:
+        size = hf_hub_download(str(model_dir), FILE_NAME, dry_run=True, **hub).file_size
+        if size is not None and size > MAX_BYTES:
+            raise ValueError(f"{FILE_NAME!r} of {model_dir} has {size >> 20} MiB, which no calibration record has.")
+        path = hf_hub_download(str(model_dir), FILE_NAME, **hub)
+    except LocalEntryNotFoundError as error:
+        raise ValueError(f"{FILE_NAME} of {model_dir} is neither in the cache nor can the Hub be reached.") from error
+    except RemoteEntryNotFoundError as error:
+        raise ValueError(
+            f"{model_dir} has no {FILE_NAME}: load it with transformers, or fit a calibration with `moecal calibrate`."
+        ) from error
+    return read_record(path)
 
 
 def _versions() -> dict[str, str]:

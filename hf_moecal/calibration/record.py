@@ -56,17 +56,9 @@ def read_record(path: str | Path) -> CalibrationRecord:
     Raises:
         ValueError: the file is missing, too large, not strict JSON, or not a calibration record.
     """
-    path = _file_in(path, FILE_NAME)
-    content = read_json(path)
-    where = f"{path.name!r}"
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{where} is not a calibration record: its 'format' must be {FORMAT!r}.")
-    if type(content.get("version")) is not int or content["version"] != VERSION:
-        raise ValueError(
-            f"{where} has version {_shown(content.get('version'))}; this hf_moecal reads version {VERSION}. "
-            "Install the hf_moecal that wrote it, or fit the calibration anew."
-        )
-    fields = {key: value for key, value in content.items() if key not in ("format", "version")}
+    path = _file_in(path)
+    where = repr(path.name)
+    fields = read_versioned(path, kind=FORMAT, version=VERSION)
     for name, check in _FIELDS.items():
         if name in fields and not check(fields[name]):
             raise ValueError(f"{where} has a wrong {name!r}: got {_shown(fields[name])}.")
@@ -74,6 +66,24 @@ def read_record(path: str | Path) -> CalibrationRecord:
     if unknown or not {"method", "parameters"} <= set(fields):
         raise ValueError(f"{where} must have 'method' and 'parameters' and no unknown entry; got {_shown(unknown)}.")
     return CalibrationRecord(**fields)
+
+
+def read_versioned(path: Path, *, kind: str, version: int, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """Entries of a strict JSON object that names its format and version, without these two.
+
+    Raises:
+        ValueError: it is not strict JSON, not of this kind, or of another version.
+    """
+    content = read_json(path, max_bytes=max_bytes)
+    if not isinstance(content, dict) or content.pop("format", None) != kind:
+        raise ValueError(f"{path.name!r} is not of the right kind: its 'format' must be {kind!r}.")
+    found = content.pop("version", None)
+    if type(found) is not int or found != version:
+        raise ValueError(
+            f"{path.name!r} has version {_shown(found)}; this hf_moecal reads version {version}. "
+            "Use the hf_moecal that wrote it, or make the file anew."
+        )
+    return content
 
 
 def write_record(path: str | Path, record: CalibrationRecord) -> Path:
@@ -86,7 +96,7 @@ def write_record(path: str | Path, record: CalibrationRecord) -> Path:
 
 def write_json(path: Path, content: dict[str, Any]) -> Path:
     """Writes strict JSON (a number that is not finite becomes null) through a temporary file beside `path`."""
-    text = json.dumps(_strict(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(strict(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -138,11 +148,11 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
-def _file_in(path: str | Path, name: str) -> Path:
+def _file_in(path: str | Path) -> Path:
     path = Path(path)
-    file = path / name if path.is_dir() else path
+    file = path / FILE_NAME if path.is_dir() else path
     if not file.exists():
-        raise ValueError(f"There is no {name} at {str(path)!r}: fit one with `moecal calibrate`.")
+        raise ValueError(f"There is no {FILE_NAME} at {str(path)!r}: fit one with `moecal calibrate`.")
     return file
 
 
@@ -179,13 +189,14 @@ def _depth_exceeds(value: Any, allowed: int) -> bool:
     return allowed < 0 or any(_depth_exceeds(child, allowed - 1) for child in children)
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
+    """The value as JSON can hold it: numpy becomes plain, a number that is not finite becomes null."""
     if isinstance(value, dict):
-        return {str(key): _strict(item) for key, item in value.items()}
+        return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     if hasattr(value, "tolist"):  # numpy scalars and arrays
-        return _strict(value.tolist())
+        return strict(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -200,26 +211,26 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= 2000
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Scalars, short texts, and lists or named groups of them: figures, not structures."""
     if isinstance(value, dict):
-        return all(len(key) <= 500 and _is_plain(item) for key, item in value.items())
+        return all(len(key) <= 500 and is_plain(item) for key, item in value.items())
     if isinstance(value, list):
-        return all(_is_plain(item) for item in value)
+        return all(is_plain(item) for item in value)
     return value is None or isinstance(value, bool) or is_number(value) or _is_text(value)
 
 
 def _is_figures(value: Any) -> bool:
-    return value is None or isinstance(value, dict) and _is_plain(value)
+    return value is None or isinstance(value, dict) and is_plain(value)
 
 
 _FIELDS = {
     "method": lambda value: isinstance(value, str) and bool(_NAME.match(value)),
     "parameters": lambda value: isinstance(value, dict),
-    "data": lambda value: isinstance(value, dict) and _is_plain(value),
+    "data": lambda value: isinstance(value, dict) and is_plain(value),
     "before": _is_figures,
     "after": _is_figures,
-    "comparison": lambda value: isinstance(value, list) and all(isinstance(v, dict) and _is_plain(v) for v in value),
+    "comparison": lambda value: isinstance(value, list) and all(isinstance(v, dict) and is_plain(v) for v in value),
     "warnings": lambda value: isinstance(value, list) and all(map(_is_text, value)),
     "versions": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
     "baked": _is_figures,

@@ -1,0 +1,153 @@
+"""What a checkpoint says of itself, as strict JSON beside the weights: how it was trained, on what, how it did."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterable, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_moecal.calibration.record import is_number, is_plain, read_versioned, strict, write_json
+
+
+TRAINING_FILE, EVALUATION_FILE = "moecal_training.json", "moecal_evaluation.json"
+_TRAINING = {"kind": "hf_moecal.training", "version": 1, "max_bytes": 256 * 2**20}
+_EVALUATION = {"kind": "hf_moecal.evaluation", "version": 1}
+_NUMBERS = ("ece", "ece_debiased", "ece_noise_floor", "nll", "brier", "accuracy", "signed_gap")
+
+
+class TrainingIds:
+    """The ids of the rows that a model was trained on, kept as 64-bit hashes: `"id" in training_ids`.
+
+    A hash says whether an id was there without telling the ids; two ids clash once in 2**64 / n.
+    """
+
+    def __init__(self, hashes: np.ndarray) -> None:
+        self._hashes = np.sort(hashes)
+
+    def __contains__(self, key: object) -> bool:
+        if not isinstance(key, str):
+            return False
+        wanted = _hash(key)
+        place = int(np.searchsorted(self._hashes, wanted))
+        return place < len(self._hashes) and self._hashes[place] == wanted
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def __iter__(self) -> Iterable[str]:
+        raise TypeError("Training ids are kept as hashes and cannot be listed; ask `key in training_ids`.")
+
+
+def write_training_record(model_dir: str | Path, *, settings: Mapping[str, Any], ids: Iterable[str] = ()) -> Path:
+    """Writes `moecal_training.json`: how the checkpoint was trained, and hashes of the ids of its training rows.
+
+    Args:
+        model_dir: folder of the checkpoint.
+        settings: plain values such as `objective`, `eta`, `base_model`, `dataset`, `dataset_revision`, `seed`.
+        ids: text ids of the training rows. Row numbers are not ids: they mean another row in every file.
+
+    Raises:
+        ValueError: a setting is not a plain value, or an id is not text.
+    """
+    if not is_plain(dict(settings)):
+        raise ValueError("settings must be texts, numbers, and lists or mappings of them.")
+    hashes = np.unique(np.array([_hash(key) for key in ids], dtype="<u8"))
+    content = {"settings": dict(settings), "ids": base64.b64encode(hashes.tobytes()).decode("ascii")}
+    return _write(Path(model_dir) / TRAINING_FILE, _TRAINING, content)
+
+
+def load_training_settings(model_dir: str | Path) -> dict[str, Any]:
+    """The settings in `moecal_training.json`; empty if there is no such file."""
+    return _read_training(model_dir).get("settings", {})
+
+
+def load_training_ids(model_dir: str | Path) -> TrainingIds | None:
+    """The ids that the checkpoint was trained on, or `None` when it does not say.
+
+    Give them to `fit(table, training_ids=...)`, which then refuses a table with such rows.
+    """
+    text = _read_training(model_dir).get("ids", "")
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise ValueError(f"{TRAINING_FILE!r} has 'ids' that are not base64.") from error
+    if len(raw) % 8:
+        raise ValueError(f"{TRAINING_FILE!r} has 'ids' of {len(raw)} bytes; each id takes 8.")
+    return TrainingIds(np.frombuffer(raw, dtype="<u8")) if raw else None
+
+
+def write_evaluation(
+    model_dir: str | Path, sets: Mapping[str, Mapping[str, Any]], *, dataset: Mapping[str, str] | None = None
+) -> Path:
+    """Writes `moecal_evaluation.json`, from which `push` makes the card's table and its `model-index`.
+
+    Args:
+        model_dir: folder of the checkpoint.
+        sets: for each evaluation set, what `calibration_report` gave; `report["groups"]` is such a mapping.
+        dataset: `id` (on the Hub, if it is there), `revision`, `split`, as far as known.
+
+    Raises:
+        ValueError: a set lacks `ece` or `n`, or a value is not plain.
+    """
+    content = strict({"sets": {name: dict(figures) for name, figures in sets.items()}, "dataset": dict(dataset or {})})
+    _check_evaluation(content)
+    return _write(Path(model_dir) / EVALUATION_FILE, _EVALUATION, content)
+
+
+def load_evaluation(model_dir: str | Path) -> dict[str, Any] | None:
+    """`sets` and `dataset` of `moecal_evaluation.json`, or `None` if there is no such file."""
+    path = Path(model_dir) / EVALUATION_FILE
+    if not path.exists():
+        return None
+    content = read_versioned(path, **_EVALUATION)
+    _check_evaluation(content)
+    return content
+
+
+def _check_evaluation(content: Mapping[str, Any]) -> None:
+    sets, dataset = content.get("sets"), content.get("dataset", {})
+    if not isinstance(sets, dict) or not sets or not is_plain(sets) or set(content) - {"sets", "dataset"}:
+        raise ValueError("An evaluation needs 'sets' (name: figures) with plain values, and may have a 'dataset'.")
+    for name, figures in sets.items():
+        if not isinstance(figures, dict) or not {"ece", "n"} <= set(figures):
+            raise ValueError(f"Evaluation set {name[:60]!r} needs at least 'ece' and 'n'; use calibration_report.")
+        if type(figures["n"]) is not int or not all(_is_figure(figures.get(key)) for key in _NUMBERS):
+            raise ValueError(f"Evaluation set {name[:60]!r} must have a whole 'n' and numbers as figures.")
+        if not all(_is_interval(figures.get(key)) for key in ("ece_interval", "signed_gap_interval")):
+            raise ValueError(f"Evaluation set {name[:60]!r} must have intervals of two numbers.")
+    if not isinstance(dataset, dict) or not all(isinstance(value, str) for value in dataset.values()):
+        raise ValueError("'dataset' of an evaluation must map 'id', 'revision', 'split' to texts.")
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or is_number(value)
+
+
+def _is_interval(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and len(value) == 2 and all(map(_is_figure, value)))
+
+
+def _read_training(model_dir: str | Path) -> dict[str, Any]:
+    path = Path(model_dir) / TRAINING_FILE
+    if not path.exists():
+        return {}
+    content = read_versioned(path, **_TRAINING)
+    settings = content.get("settings")
+    if not isinstance(settings, dict) or not is_plain(settings) or set(content) - {"settings", "ids"}:
+        raise ValueError(f"{path.name!r} must have 'settings' with plain values, and 'ids'.")
+    return content
+
+
+def _write(path: Path, kind: Mapping[str, Any], content: Mapping[str, Any]) -> Path:
+    return write_json(path, {"format": kind["kind"], "version": kind["version"], **content})
+
+
+def _hash(key: str) -> np.uint64:
+    if not isinstance(key, str):
+        raise ValueError(f"Training ids must be text; got {key!r}, which means another row in every file.")
+    return np.frombuffer(blake2b(key.encode("utf-8"), digest_size=8).digest(), dtype="<u8")[0]

@@ -1,0 +1,295 @@
+"""Publish a checkpoint with its calibration on the Hub: one commit, checked after it was made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_moecal.calibration.record import FILE_NAME, read_record
+from hf_moecal.checkpoint_files import (
+    EVALUATION_FILE,
+    TRAINING_FILE,
+    load_evaluation,
+    load_training_settings,
+    write_evaluation,
+)
+from hf_moecal.loading import ADAPTER_CONFIG
+from hf_moecal.model_card import eval_results, merge_card, render_section
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+CARD = "README.md"
+_PUBLISHED = (
+    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
+    *(ADAPTER_CONFIG, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates/*"),
+    *("preprocessor_config.json", "processor_config.json"),
+    *(FILE_NAME, TRAINING_FILE, EVALUATION_FILE, "LICENSE*", "NOTICE*"),
+)
+"""What goes to the Hub: a list of what may, not of what may not (`training_args.bin` is a pickle with the token)."""
+
+_FIGURES = ("reliability*.png", "reliability*.svg", "figures/reliability*.png", "figures/reliability*.svg")
+_SAFE_NAME = re.compile(r"[A-Za-z0-9._/-]+\Z")
+_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
+_SCANNED_BYTES = 2**26  # a larger text is a vocabulary
+_TEXT_ENDINGS = {".json", ".md", ".txt", ".jinja", ".svg", ""}
+
+
+class PublishError(RuntimeError):
+    """The Hub could not be reached or refused; the message says in one sentence what to do."""
+
+
+def push(
+    model_dir: str | Path,
+    *,
+    repo_id: str,
+    evaluation: Mapping[str, Mapping[str, Any]] | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str = "Publish the model with its calibration",
+) -> str:
+    """Publishes a checkpoint with `calibration.json`, its diagrams and a model card that states its calibration.
+
+    All files go up in one commit, so that the repository shows the old model or the new one, never a part. After it
+    the repository is compared with the folder file by file. When anything fails, call `push` again: what is there
+    already is not sent twice. The card is merged: text outside our section stays as it is on the Hub.
+
+    Args:
+        model_dir: folder with the weights (safetensors) or a LoRA adapter, and whatever `write_calibration`,
+            `write_training_record`, `write_evaluation` and `write_report` put there.
+        repo_id: `"organisation/name"`; made if it does not exist.
+        evaluation: figures per evaluation set, written to the folder first (see
+            [`~hf_moecal.checkpoint_files.write_evaluation`]).
+        private: visibility of a new repository.
+        revision: branch; made if it does not exist. Default: main.
+        token: access token. Default: the one of `hf auth login` or `HF_TOKEN`.
+        commit_message: of the commit.
+
+    Returns:
+        The address of the published commit.
+
+    Raises:
+        ValueError: the folder holds no publishable checkpoint, or a file holds a token.
+        PublishError: no token, a wrong one, or the Hub cannot be reached.
+    """
+    model_dir = Path(model_dir)
+    if evaluation is not None:
+        write_evaluation(model_dir, evaluation)
+    files = publishable(model_dir)
+    api = _api(token)
+    for name, path in files.items():
+        if path.suffix in _TEXT_ENDINGS and path.stat().st_size < _SCANNED_BYTES:
+            _refuse_secrets(name, path.read_bytes(), api.token)
+    with _explained("making the repository"):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+    with _explained("reading the repository"):
+        head = api.model_info(repo_id, revision=revision).sha
+        published = _published_card(api, repo_id, head)
+    card = make_card(model_dir, repo_id=repo_id, published=published)
+    _refuse_secrets(CARD, card.encode("utf-8"), api.token)
+    commit = _commit(api, repo_id, {**files, CARD: card.encode("utf-8")}, revision, head, commit_message)
+    (model_dir / CARD).write_text(card, encoding="utf-8")
+    return f"{api.endpoint}/{repo_id}/commit/{commit}"
+
+
+def publishable(model_dir: Path) -> dict[str, Path]:
+    """Files of a checkpoint folder that are published, by their path in the repository, after checking them.
+
+    Raises:
+        ValueError: no weights in safetensors, a missing shard, or a malformed calibration record.
+    """
+    if not model_dir.is_dir():
+        raise ValueError(f"{str(model_dir)!r} is not a folder; give the folder of a saved checkpoint.")
+    found = {
+        path.relative_to(model_dir).as_posix(): path
+        for pattern in (*_PUBLISHED, *_FIGURES)
+        for path in sorted(model_dir.glob(pattern))
+        if path.is_file() and _SAFE_NAME.match(path.relative_to(model_dir).as_posix())
+    }
+    has_config = "config.json" in found or ADAPTER_CONFIG in found
+    if not has_config or not any(name.endswith(".safetensors") for name in found):
+        raise ValueError(
+            f"{str(model_dir)!r} has no checkpoint to publish: it needs config.json (or {ADAPTER_CONFIG}) and weights "
+            "in safetensors; write it with save_pretrained. Pickled weights are not published."
+        )
+    for name in [name for name in found if name.endswith(".safetensors.index.json")]:
+        missing = sorted(set(json.loads(found[name].read_text())["weight_map"].values()) - set(found))
+        if missing:
+            raise ValueError(f"{name} names {missing[0]!r}, which is not in the folder; save the checkpoint again.")
+    if FILE_NAME in found:
+        read_record(found[FILE_NAME])
+    return found
+
+
+def make_card(model_dir: Path, *, repo_id: str, published: str | None) -> str:
+    """The card to publish, from the records in the folder, the folder's README.md and the published one."""
+    record = read_record(model_dir) if (model_dir / FILE_NAME).exists() else None
+    evaluation = load_evaluation(model_dir)
+    figures = [name for name in publishable(model_dir) if Path(name).match("reliability*")]
+    section = render_section(
+        record=record,
+        training=load_training_settings(model_dir),
+        evaluation=evaluation,
+        figures=figures,
+        repo_id=repo_id,
+    )
+    local = model_dir / CARD
+    return merge_card(
+        local=local.read_text(encoding="utf-8") if local.is_file() else None,
+        remote=published,
+        section=section,
+        results=eval_results(evaluation, task_type=_task(model_dir)),
+        model_name=repo_id.split("/")[-1],
+        library="peft" if (model_dir / ADAPTER_CONFIG).exists() else "transformers",
+    )
+
+
+def _task(model_dir: Path) -> str:
+    config = model_dir / "config.json"
+    architectures = json.loads(config.read_text()).get("architectures") if config.is_file() else None
+    is_lm = bool(architectures) and "CausalLM" in architectures[0]
+    return "text-generation" if is_lm else "text-classification"
+
+
+def _api(token: str | None) -> HfApi:
+    from huggingface_hub import HfApi, get_token
+
+    token = token or get_token()
+    if not token:
+        raise PublishError("No access token for the Hub: run `hf auth login`, set HF_TOKEN, or pass token=.")
+    return HfApi(token=token)
+
+
+def _refuse_secrets(name: str, content: bytes, token: str) -> None:
+    if token.encode() in content or _TOKEN.search(content):
+        raise ValueError(f"{name} holds an access token and was not published; remove it from the file.")
+
+
+def _published_card(api: HfApi, repo_id: str, commit: str) -> str | None:
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = api.hf_hub_download(repo_id, CARD, revision=commit, local_dir=folder)
+        except RemoteEntryNotFoundError:  # and not its base, which also says that the Hub could not be reached
+            return None
+        return Path(path).read_text(encoding="utf-8")
+
+
+def _commit(
+    api: HfApi, repo_id: str, files: Mapping[str, Path | bytes], revision: str | None, head: str, message: str
+) -> str:
+    """Makes one commit on top of `head` and returns its id once the repository holds exactly these files."""
+    from huggingface_hub import CommitOperationAdd
+
+    operations = [CommitOperationAdd(name, str(v) if isinstance(v, Path) else v) for name, v in files.items()]
+    operations += _stale_weights(api, repo_id, head, files)
+    try:
+        with _explained("publishing"):
+            # One commit, not upload_folder, which splits a large folder into several.
+            api.create_commit(repo_id, operations, commit_message=message, revision=revision, parent_commit=head)
+    except PublishError:
+        # The answer may have been lost after the commit was made.
+        if not _differing(api, repo_id, files, revision):
+            return _head(api, repo_id, revision)
+        raise
+    with _explained("checking what was published"):
+        wrong = _differing(api, repo_id, files, revision)
+        if wrong:
+            raise PublishError(f"The Hub holds another {wrong[0]} than this folder after the commit; push again.")
+        return _head(api, repo_id, revision)
+
+
+def _head(api: HfApi, repo_id: str, revision: str | None) -> str:
+    return api.model_info(repo_id, revision=revision).sha
+
+
+def _stale_weights(api: HfApi, repo_id: str, head: str, files: Mapping[str, Any]) -> list[Any]:
+    """Deletions of an earlier model's weight files, which a reader would prefer or mix up with the new ones."""
+    from huggingface_hub import CommitOperationDelete
+
+    with _explained("reading the repository"):
+        there = api.list_repo_files(repo_id, revision=head)
+    weights = [
+        name for name in there if name.endswith((".safetensors", ".safetensors.index.json")) and "/" not in name
+    ]
+    return [CommitOperationDelete(name) for name in weights if name not in files]
+
+
+def _differing(api: HfApi, repo_id: str, files: Mapping[str, Path | bytes], revision: str | None) -> list[str]:
+    """Names of the files that the repository does not hold as they are here."""
+    try:
+        found = {entry.path: entry for entry in api.get_paths_info(repo_id, list(files), revision=revision)}
+    except Exception:  # unreachable: nothing can be said to be there
+        return list(files)
+    return [name for name, content in files.items() if not _is_same(found.get(name), content)]
+
+
+def _is_same(entry: Any, content: Path | bytes) -> bool:
+    if entry is None:
+        return False
+    size = content.stat().st_size if isinstance(content, Path) else len(content)
+    if entry.size != size:
+        return False
+    if entry.lfs is not None:
+        return entry.lfs.sha256 == _digest(content, hashlib.sha256())
+    return entry.blob_id == _digest(content, hashlib.sha1(b"blob %d\0" % size))
+
+
+def _digest(content: Path | bytes, digest: Any) -> str:
+    if isinstance(content, bytes):
+        digest.update(content)
+    else:
+        with open(content, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _explained(step: str) -> Iterator[None]:
+    """Turns what can go wrong on the way to the Hub into one sentence that says what to do."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        yield
+    except (PublishError, HFValidationError):
+        raise
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        reasons = {
+            401: "the Hub does not accept the access token; run `hf auth login` or pass another one",
+            403: "the access token may not write to this repository; make one with write permission",
+            404: "there is no such repository, or the access token does not show it",
+            409: "the repository is being changed by somebody else; push again",
+            412: "the repository was changed meanwhile; push again, and that change is merged",
+        }
+        said = getattr(error, "server_message", None) or f"the Hub answered with status {status}"
+        reason = reasons.get(status, f"{' '.join(said.split())[:200]}; push again later")
+        # Not chained: a broken upload's own message holds the signed address that it went to.
+        raise PublishError(f"Failed {step}: {reason}. Nothing half-done is visible.") from None
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError | RuntimeError | _client_errors()):
+            raise
+        raise PublishError(
+            f"Failed {step}: {type(error).__name__}, the connection broke or the answer was no answer. "
+            "Nothing half-done is visible; push again."
+        ) from None
+
+
+def _client_errors() -> type[Exception]:
+    """Base of the errors of the HTTP library that this huggingface_hub uses, which has changed with its versions."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
