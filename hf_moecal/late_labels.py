@@ -51,7 +51,7 @@ def score_labels(
     keys, label = keys[order], label[order]
     twice = keys[1:][keys[1:] == keys[:-1]]
     if len(twice):
-        raise ValueError(f"{len(twice)} ids are labelled twice, first {twice[0]!r}; keep one label per id.")
+        raise ValueError(f"{len(twice)} ids are labelled twice, first '{twice[0]}'; keep one label per id.")
     found, used, without = _join(current, keys, label)
     if not len(found["confidence"]):
         raise ValueError("No row of the log has the id of a label; check that both name the same examples.")

@@ -69,6 +69,8 @@ def read_reference(
         derived = {"confidence": probs.max(axis=1), "prediction": probs.argmax(axis=1)}
     known = [name for name in (*NUMBERS, "prediction", "expert_ids") if name in present or name in derived]
     wanted = [*dict.fromkeys([*known, *features, *([sequence] if sequence else [])])]
+    if not set(wanted) - {sequence}:
+        raise ValueError(f"There is no feature to watch in the columns {present}; name some in `features`.")
     extra = [name for name in ("label",) if name in present]
     found = {**columns(table, *(name for name in [*wanted, *extra] if name not in derived)), **derived}
     numbers, categories = [], {}

@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -56,7 +57,7 @@ class MonitorFiles:
             with np.load(self.state, allow_pickle=False) as saved:
                 arrays = dict(saved)
             plain = json.loads(arrays.pop("plain").item())
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
             raise ValueError(
                 f"The monitor state {self.state.name!r} is unreadable ({error}); delete it to start anew."
             ) from error
