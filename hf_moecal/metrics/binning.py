@@ -13,6 +13,7 @@ STRATEGIES = ("equal_width", "equal_mass")
 DEFAULT_BINS = 15
 MOMENTS = 6  # count, sum c, sum y, sum c^2, sum c*y, sum y^2 of confidence c and event y
 _CHUNK = 1 << 15  # rows per chunk; a few such arrays fit into the second-level cache
+_FEW = 64
 _NEAR = 1e-9  # distance from a bin edge, in bins, below which the multiplication by the number of bins is not trusted
 
 
@@ -40,7 +41,7 @@ def equal_mass(confidence: np.ndarray, bins: int) -> Edges:
     if n == 0:
         return Edges(np.array([0.0, 1.0]))
     last = np.unique(-(-np.arange(1, bins + 1) * n // bins) - 1)  # ceil(k n / bins) - 1: last row of each bin
-    upper = np.unique(np.partition(confidence, last)[last].astype(np.float64))
+    upper = np.unique(np.sort(confidence)[last].astype(np.float64))
     return Edges(np.concatenate([[0.0], upper[:-1], [1.0]]))
 
 
@@ -65,7 +66,13 @@ def bin_index(confidence: np.ndarray, edges: Edges) -> np.ndarray:
 
 
 def _search(confidence: np.ndarray, edges: Edges) -> np.ndarray:
-    return np.searchsorted(edges.edges[1:-1], confidence, side="left")
+    inner = edges.edges[1:-1]
+    if len(inner) > _FEW:
+        return np.searchsorted(inner, confidence, side="left")
+    index = np.zeros(len(confidence), dtype=np.uint8)  # few edges: comparing with each is faster than a search
+    for edge in inner:
+        index += (confidence > edge).view(np.uint8)
+    return index.astype(np.intp)
 
 
 def cells(
@@ -165,7 +172,7 @@ def _bands(moments: np.ndarray, bootstrap: int, seed: int) -> dict[str, np.ndarr
 
     draws, sums = resample(moments, moments[2], moments[5], bootstrap, seed)
     with np.errstate(invalid="ignore"):
-        drawn = np.clip(sums.sum(-1) / draws.sum(-1), 0.0, 1.0)
+        drawn = np.clip(sums / draws, 0.0, 1.0)
     low, high = (np.full(moments.shape[1], np.nan) for _ in range(2))
     some = moments[0].sum(-1) > 0
     low[some], high[some] = np.nanquantile(drawn[:, some], [0.025, 0.975], axis=0)

@@ -78,27 +78,29 @@ def _binomial_deviation(count: np.ndarray, p: np.ndarray) -> np.ndarray:
 def resample(
     moments: np.ndarray, first: np.ndarray, second: np.ndarray, bootstrap: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bootstrap of rows through bin counts: counts [R, B, 2] and sums [R, B, 2] of a quantity with the given moments.
+    """Bootstrap of rows through bin counts: counts [R, B] and sums [R, B] of a quantity with the given moments [B, 2].
 
-    A multinomial draw says how often rows of each cell are drawn; within a cell the sum is normal about its mean.
+    A multinomial draw says how often rows of each cell are drawn; about its mean, the sum within a bin is normal.
     """
     rng = np.random.default_rng(seed)
-    count = moments[0]
+    count = moments[0].T.ravel()
+    bins, some = len(moments[0]), count > 0
+    mean = first.T.ravel()[some] / count[some]
+    variance = np.maximum(second.T.ravel()[some] / count[some] - mean**2, 0.0)
     n = int(count.sum())
-    draws = rng.multinomial(n, (count / n).ravel(), size=bootstrap).reshape(bootstrap, *count.shape).astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.where(count > 0, first / count, 0.0)
-        spread = np.sqrt(np.where(count > 0, np.maximum(second / count - mean**2, 0.0), 0.0))
-    return draws, draws * mean + np.sqrt(draws) * spread * rng.standard_normal(draws.shape)
+    draws = rng.multinomial(n, count[some] / n, size=bootstrap).astype(np.float64)
+    bin_of = (np.flatnonzero(some) % bins)[:, None] == np.arange(bins)  # [cells, B]
+    counts, means, variances = (draws @ (bin_of * weight) for weight in (1.0, mean[:, None], variance[:, None]))
+    return counts, means + np.sqrt(variances) * rng.standard_normal(means.shape)
 
 
 def interval(moments: np.ndarray, bootstrap: int, seed: int) -> list[float]:
     """95 % bootstrap interval of the calibration error of one group (moments [6, B, 2])."""
-    _, mass, hits, mass2, cross, squares = moments
+    some = moments[0].sum(-1) > 0
+    _, mass, hits, mass2, cross, squares = moments = moments[:, some]
     gaps = mass - hits
-    _, sums = resample(moments, gaps, mass2 - 2 * cross + squares, bootstrap, seed)
+    _, drawn = resample(moments, gaps, mass2 - 2 * cross + squares, bootstrap, seed)
     n, gap = moments[0].sum(), gaps.sum(-1)
-    drawn = sums.sum(-1)
     return covering_interval(np.abs(gap).sum() / n, np.abs(drawn).sum(-1) / n, np.abs(drawn - gap).sum(-1) / n)
 
 
@@ -109,8 +111,9 @@ def covering_interval(value: float, drawn: np.ndarray, noise: np.ndarray) -> lis
     value of zero. So the upper end is the percentile, the lower one is reflected about the estimate, and it is zero
     where noise alone explains the estimate. Conservative: it covers the true value in 95 % of samples or more.
     """
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    if value <= np.quantile(noise, 0.975):
+    drawn, noise = np.sort(drawn), np.sort(noise)
+    low, high = drawn[int(0.025 * len(drawn))], drawn[-1 - int(0.025 * len(drawn))]
+    if value <= noise[-1 - int(0.025 * len(noise))]:
         return [0.0, float(max(high, value))]
     return [float(min(max(0.0, 2 * value - high), low, value)), float(max(high, value))]
 

@@ -192,12 +192,48 @@ def probability_chunks(
             yield rows, np.exp(logs), logs, logs.argmax(1)
 
 
+def top_of_probs(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Largest probability and its class of each row, checked, in one pass over memory."""
+    n, classes = probs.shape
+    if probs.dtype not in (np.float32, np.float64) or not probs.flags.c_contiguous:
+        tops = [(chunk[np.arange(len(top)), top], top) for _, chunk, _, top in probability_chunks(probs, None)]
+        return tuple(np.concatenate(parts) for parts in zip(*tops, strict=True))
+    confidence, sums = np.empty(n, probs.dtype), np.empty(n, probs.dtype)
+    winner = np.empty(n, np.intp)
+    step = max(1, _CHUNK // classes)
+    firsts = np.arange(step) * classes
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        chunk, top = probs[rows], winner[rows]
+        sums[rows] = _row_sums(chunk)
+        _argmax(chunk, top)
+        confidence[rows] = chunk.ravel()[top + firsts[: len(top)]]
+    check_row_sums("probs", sums, probs.dtype.itemsize)
+    for row in np.flatnonzero(np.signbit(confidence)):
+        chunk, top = _checked_probs(probs[row : row + 1], probs.dtype.itemsize, row)
+        winner[row], confidence[row] = top[0], chunk[0, top[0]]
+    return confidence, winner
+
+
+def _row_sums(chunk: np.ndarray) -> np.ndarray:
+    """Sums of rows; a matrix product is the fastest way, but too coarse in float32 for very many columns."""
+    few = chunk.shape[1] <= 4096
+    return chunk @ np.ones(chunk.shape[1], chunk.dtype) if few else chunk.sum(1)
+
+
+def _argmax(chunk: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Argmax of rows, where a negative entry beats any other.
+
+    As unsigned integers, non-negative floats keep their order and negative ones are the largest of all, so one pass
+    finds both the winner and any negative entry.
+    """
+    return chunk.view(f"u{chunk.itemsize}").argmax(1, out=out)
+
+
 def _checked_probs(chunk: np.ndarray, itemsize: int, start: int) -> tuple[np.ndarray, np.ndarray]:
     chunk = np.ascontiguousarray(chunk, dtype=np.float64 if itemsize == 8 or chunk.dtype.kind != "f" else np.float32)
-    check_row_sums("probs", chunk.sum(1), itemsize, start)
-    # As unsigned integers, non-negative floats keep their order and negative ones are the largest of all, so one pass
-    # finds both the winner and any negative entry.
-    top = chunk.view(f"u{chunk.itemsize}").argmax(1)
+    check_row_sums("probs", _row_sums(chunk), itemsize, start)
+    top = _argmax(chunk)
     if np.signbit(chunk[np.arange(len(chunk)), top]).any():
         if chunk.min() < -ROUNDING:
             row = int(np.flatnonzero(chunk.min(1) < -ROUNDING)[0])

@@ -14,6 +14,7 @@ from .inputs import (
     probability_chunks,
     read_correct,
     read_labels,
+    top_of_probs,
     unit_interval,
 )
 
@@ -62,11 +63,11 @@ def top_label(labels: Any, probs: Any, logits: Any = None) -> tuple[np.ndarray, 
     name, scores = ("probs", probs) if logits is None else ("logits", logits)
     scores = as_array(name, scores, ndim=(2,))
     references = read_labels(labels, n=len(scores), classes=scores.shape[1], what=name)
-    confidence = np.empty(len(scores))
-    winner = np.empty(len(scores), dtype=np.int64)
-    for rows, chunk, _, top in _chunks(name, scores):
-        confidence[rows] = chunk[np.arange(len(top)), top]
-        winner[rows] = top
+    if logits is None:
+        confidence, winner = top_of_probs(scores)
+    else:
+        tops = [(chunk[np.arange(len(top)), top], top) for _, chunk, _, top in probability_chunks(None, scores)]
+        confidence, winner = (np.concatenate(parts) for parts in zip(*tops, strict=True))
     np.minimum(confidence, 1.0, out=confidence)
     if references.ndim == 2:
         return confidence, references[np.arange(len(winner)), winner]

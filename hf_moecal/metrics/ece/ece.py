@@ -27,6 +27,8 @@ Args:
 Returns:
     dict: "ece" first, then the further keys of hf_moecal.metrics.calibration_report.
 Examples:
+    >>> import evaluate
+    >>> import hf_moecal
     >>> metric = evaluate.load(hf_moecal.metric_path("ece"))
     >>> metric.compute(predictions=[[1.0, 0.0], [1.0, 0.0]], references=[0, 1])["ece"]
     0.5
