@@ -86,7 +86,8 @@ def resample(
     count = moments[0].T.ravel()
     bins, some = len(moments[0]), count > 0
     mean = first.T.ravel()[some] / count[some]
-    variance = np.maximum(second.T.ravel()[some] / count[some] - mean**2, 0.0)
+    variance = second.T.ravel()[some] / count[some] - mean**2
+    variance[variance < 1e-12] = 0.0  # rounding of the two sums
     n = int(count.sum())
     draws = rng.multinomial(n, count[some] / n, size=bootstrap).astype(np.float64)
     bin_of = (np.flatnonzero(some) % bins)[:, None] == np.arange(bins)  # [cells, B]
