@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .routing import MoELayer, UnsupportedMoEError, bind_experts, hooked
 
@@ -119,6 +120,7 @@ class Capture:
         calls (`dict`): by name of the MoE layer.
         tops (`dict`): first input and output of the modules beside the decoder layers.
         blocks (`dict`): outputs of the decoder layers.
+        scores (`dict`): per MoE layer, what its siblings gave with one column per expert, such as the router's scores.
         before (`dict`): per MoE layer, outputs of its siblings that had finished before its experts ran.
         output (`ModelOutput`): of the base model.
     """
@@ -130,6 +132,7 @@ class Capture:
     calls: dict[str, ExpertCall] = field(default_factory=dict)
     tops: dict[nn.Module, tuple[Tensor, Any]] = field(default_factory=dict)
     blocks: dict[nn.Module, Any] = field(default_factory=dict)
+    scores: dict[str, list[Tensor]] = field(default_factory=dict)
     before: dict[str, dict[nn.Module, list[Any]]] = field(default_factory=dict)
     output: Any = None
 
@@ -169,7 +172,7 @@ class Recorder:
                 handles.append(block.register_forward_hook(self._see_block))
             for layer in self.layers:
                 for sibling in self.parts.sites[layer.name].siblings:
-                    handles.append(sibling.register_forward_hook(self._see_sibling(layer.name)))
+                    handles.append(sibling.register_forward_hook(self._see_sibling(layer)))
                 handles.append(layer.module.register_forward_hook(self._see_experts(layer.name), with_kwargs=True))
             handles.append(self.parts.base.register_forward_hook(self._end))
             try:
@@ -212,10 +215,14 @@ class Recorder:
         if self._recording is not None and self._recording.replayed:
             self._recording.blocks[module] = output
 
-    def _see_sibling(self, name: str) -> Callable[..., None]:
+    def _see_sibling(self, layer: MoELayer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            capture = self._recording
-            if capture is not None and name in capture.replayed and name not in capture.calls:
+            capture, name = self._recording, layer.name
+            if capture is None or name in capture.calls:
+                return
+            per_expert = [leaf for leaf in tree_leaves(output) if _has_columns(leaf, layer.num_experts)]
+            capture.scores.setdefault(name, []).extend(per_expert)
+            if name in capture.replayed:
                 capture.before.setdefault(name, {}).setdefault(module, []).append(output)
 
         return hook
@@ -249,3 +256,7 @@ def autocast_state(module: nn.Module) -> dict[str, Any]:
     device = "cpu" if device == "meta" else device
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return {"device_type": device, "dtype": dtype, "enabled": enabled, "cache_enabled": False}
+
+
+def _has_columns(value: Any, columns: int) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2 and value.shape[-1] == columns

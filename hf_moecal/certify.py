@@ -60,7 +60,7 @@ def columns_of(parts: Anatomy, layer: MoELayer, capture: Capture) -> int:
         UnsupportedMoEError: the experts' output is not the weighted sum of what each gives alone.
     """
     call, gap = capture.calls[layer.name], float("nan")
-    tokens = torch.unique(_real_tokens(capture)[[0, -1]])
+    tokens = torch.unique(real_tokens(capture)[[0, -1]])
     with torch.no_grad(), replaying(parts, capture.autocast):
         whole = layer.module(call.hidden[tokens], call.index[tokens], call.weights[tokens]).flatten(0, -2)
         for columns in (1, 2):
@@ -178,7 +178,8 @@ def _mask(capture: Capture) -> Tensor:
     return torch.ones(capture.batch_shape, dtype=torch.bool, device=capture.last_hidden.device)
 
 
-def _real_tokens(capture: Capture) -> Tensor:
+def real_tokens(capture: Capture) -> Tensor:
+    """Flat positions of the tokens that are no padding."""
     return _mask(capture).flatten().nonzero().squeeze(-1)
 
 
@@ -187,7 +188,7 @@ def _certified_tokens(parts: Anatomy, seen: Capture, logits: Tensor) -> Tensor:
     if logits.dim() == 2:
         each = tail(parts, seen, seen.last_hidden.transpose(0, 1))
         return (each - logits).abs().amax(-1).argmin()[None]
-    real = _real_tokens(seen)
+    real = real_tokens(seen)
     return torch.unique(real[[len(real) // 2, -1]])
 
 

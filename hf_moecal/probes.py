@@ -9,19 +9,27 @@ probe.disagreement(tokens)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from .agreement import disagreement, first_order_regret, losses, regret
 from .capture import Capture, ExpertCall, Recorder, anatomy
-from .certify import Certificate, certify, columns_of, counterfactual_logits
+from .certify import Certificate, certify, columns_of, counterfactual_logits, real_tokens
 from .replay import Reroute, consult, replaying, tail
-from .routing import MoELayer, RoutingRecord, UnsupportedMoEError, find_moe_layers, hard_routing, upcast
+from .router import full_shares
+from .routing import MoELayer, RoutingRecord, UnsupportedMoEError, find_moe_layers, hard_routing
+from .routing_load import RoutingStatistics, routing_statistics
 
 
-_CHUNK_ELEMENTS = 2**24  # logits of one chunk of tokens and experts
+Layer = int | str | None
+Experts = Literal["selected", "all"] | int
+
+_CHUNK_ELEMENTS = 2**24  # logits, or hidden states of whole sequences, of one chunk of tokens
 
 
 class ExpertProbe:
@@ -29,7 +37,8 @@ class ExpertProbe:
 
     Every method takes `tokens`, flat indices `[n]` into the batch's B * S positions or a boolean mask `[B, S]`, and
     `layer`, the index or name of a probed layer, needed only where several are probed. All results carry gradients
-    unless the forward or the call ran under `torch.no_grad()`.
+    unless the forward or the call ran under `torch.no_grad()`. Logits exist for a chunk of tokens at a time; with
+    gradient, chunks but for a single one are computed again in the backward pass.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -39,80 +48,100 @@ class ExpertProbe:
         self._columns: dict[str, int] = {}
         self._certificates: dict[tuple, Certificate] = {}
 
-    # What the user asks
-
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Forwards inside this context leave no record; the last one stays."""
         with self._recorder.paused():
             yield
 
+    # Routing
+
     @property
     def record(self) -> RoutingRecord:
         """The routing of the last forward ([`RoutingRecord`]) of the one probed layer."""
         return self.record_of(None)
 
-    def record_of(self, layer: int | str | None) -> RoutingRecord:
+    def record_of(self, layer: Layer) -> RoutingRecord:
         """The routing of the last forward at one of several probed layers."""
         capture, call = self._last(), self._call(layer)
         return RoutingRecord(call.index, call.weights, capture.batch_shape)
+
+    def entropy(self, tokens: Tensor, *, layer: Layer = None) -> Tensor:
+        """Entropy of the routing shares in nats: `[n]`."""
+        return self.record_of(layer)[self._flat(tokens)].entropy
+
+    def margin(self, tokens: Tensor, *, layer: Layer = None) -> Tensor:
+        """Largest routing share minus the second largest: `[n]`."""
+        return self.record_of(layer)[self._flat(tokens)].margin
+
+    def router_shares(self, tokens: Tensor, *, layer: Layer = None) -> Tensor:
+        """The router's distribution over all experts, also those that it did not select: `[n, E]`.
+
+        Raises:
+            UnsupportedMoEError: no scores of the layer explain the weights that the model used.
+        """
+        chosen, capture = self._layer(layer), self._last()
+        scores = capture.scores.get(chosen.name, [])
+        everywhere = full_shares(scores, self.record_of(layer), chosen.num_experts, real_tokens(capture))
+        return everywhere[self._flat(tokens)]
+
+    # Predictions
 
     @property
     def certificate(self) -> Certificate:
         """The path that the counterfactual logits take and its error against brute force ([`Certificate`])."""
         return self.certificate_of(None)
 
-    def certificate_of(self, layer: int | str | None) -> Certificate:
+    def certificate_of(self, layer: Layer) -> Certificate:
         """The certificate of one of several probed layers; computed once for each mode of the model."""
         chosen, capture = self._layer(layer), self._last()
         mode = (chosen.name, self._parts.outer.training, *map(str, capture.autocast.values()))
         if mode not in self._certificates:
             with self.paused():
-                certificate = certify(self._parts, chosen, capture, self._columns_of(chosen))
-            self._certificates[mode] = certificate
-            (self._recorder.replayed.discard if certificate.path == "delta" else self._recorder.replayed.add)(
-                chosen.name
-            )
+                self._certificates[mode] = certify(self._parts, chosen, capture, self._columns_of(chosen))
+            if self._certificates[mode].path == "delta":
+                self._recorder.replayed.discard(chosen.name)
+            else:
+                self._recorder.replayed.add(chosen.name)
         return self._certificates[mode]
 
-    def expert_outputs(self, tokens: Tensor, *, layer: int | str | None = None) -> Tensor:
-        """E_k, what each selected expert alone puts out with weight one: `[n, k, H]`."""
-        return self._outputs(self._layer(layer), self._flat(tokens))
+    def expert_outputs(self, tokens: Tensor, *, experts: Experts = "selected", layer: Layer = None) -> Tensor:
+        """E_k, what each expert alone puts out with weight one: `[n, k, H]`; `experts` as in `expert_logits`."""
+        chosen, flat = self._layer(layer), self._flat(tokens)
+        ids, columns = self._ids(flat, experts, layer), self._columns_of(chosen)
+        with self._replay():
+            return consult(chosen.module, self._call(layer), flat, ids, columns=columns)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """What the model itself predicted at the tokens, through its own head: `[n, V]` or `[n, num_labels]`."""
-        tokens = self._flat(tokens)
-        with self._replay():
-            return self._logits(tokens)
+        return self._logits(self._flat(tokens))
 
-    def expert_logits(self, tokens: Tensor, *, layer: int | str | None = None) -> Tensor:
-        """What the model would have predicted with each selected expert alone: `[n, k, V]` or `[n, k, num_labels]`.
+    def expert_logits(self, tokens: Tensor, *, experts: Experts = "selected", layer: Layer = None) -> Tensor:
+        """What the model would have predicted with each expert alone: `[n, k, V]` or `[n, k, num_labels]`.
 
         The token's whole routing mass goes to the one expert; everything else, also all other tokens, stays.
+
+        Args:
+            tokens (`Tensor`): flat indices `[n]` or a boolean mask `[B, S]`.
+            experts (`str` or `int`): "selected", the k of the router, in its order; "all" of the layer, in theirs; or
+                the number of those to which the router gives most, selected or not.
+            layer (`int` or `str`, *optional*): which of several probed layers.
         """
         flat = self._flat(tokens)
-        return torch.cat([expert_logits for _, _, expert_logits in self._predictions(flat, layer)])
+        ids = self._ids(flat, experts, layer)
+        return self._reduced(flat, ids, layer, lambda part, own, alone: alone)
 
-    def entropy(self, tokens: Tensor, *, layer: int | str | None = None) -> Tensor:
-        """Entropy of the routing shares in nats: `[n]`."""
-        return self.record_of(layer)[self._flat(tokens)].entropy
-
-    def margin(self, tokens: Tensor, *, layer: int | str | None = None) -> Tensor:
-        """Largest routing share minus the second largest: `[n]`."""
-        return self.record_of(layer)[self._flat(tokens)].margin
-
-    def disagreement(self, tokens: Tensor, *, layer: int | str | None = None) -> Tensor:
+    def disagreement(self, tokens: Tensor, *, layer: Layer = None) -> Tensor:
         """sum_k r_k ||p^(k) - p||^2 over the class probabilities (arXiv:2606.20544): `[n]`, between 0 and 2."""
         flat = self._flat(tokens)
-        shares = self.record_of(layer)[flat].shares
-        return torch.cat(
-            [
-                disagreement(logits, expert_logits, shares[part])
-                for part, logits, expert_logits in self._predictions(flat, layer)
-            ]
-        )
+        record = self.record_of(layer)[flat]
 
-    def regret(self, tokens: Tensor, labels: Tensor, *, layer: int | str | None = None) -> Tensor:
+        def reduce(part: slice, own: Tensor, alone: Tensor) -> Tensor:
+            return disagreement(own, alone, record.shares[part])
+
+        return self._reduced(flat, record.expert_ids, layer, reduce)
+
+    def regret(self, tokens: Tensor, labels: Tensor, *, layer: Layer = None) -> Tensor:
         """relu(l - min_k l^(k)) in nats, how much the best selected expert alone would have saved: `[n]`.
 
         Args:
@@ -124,42 +153,97 @@ class ExpertProbe:
         Raises:
             ValueError: a label is no class of the model, or there is not one per token.
         """
+        return self.disagreement_and_regret(tokens, labels, layer=layer)[1]
+
+    def disagreement_and_regret(self, tokens: Tensor, labels: Tensor, *, layer: Layer = None) -> tuple[Tensor, Tensor]:
+        """Both for the price of one: `[n]` and `[n]`."""
         flat = self._flat(tokens)
-        if labels.shape != flat.shape:
-            raise ValueError(f"regret needs one label per token, got {tuple(labels.shape)} for {flat.numel()} tokens.")
-        labels = labels.to(flat.device)
-        return torch.cat(
-            [
-                regret(logits, expert_logits, labels[part])
-                for part, logits, expert_logits in self._predictions(flat, layer)
-            ]
-        )
+        labels, record = self._labels(flat, labels), self.record_of(layer)[flat]
+
+        def reduce(part: slice, own: Tensor, alone: Tensor) -> Tensor:
+            both = disagreement(own, alone, record.shares[part]), regret(own, alone, labels[part])
+            return torch.stack(both, -1)
+
+        disagreements, regrets = self._reduced(flat, record.expert_ids, layer, reduce).unbind(-1)
+        return disagreements, regrets
+
+    def first_order_regret(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """An estimate of the regret at every probed layer from one backward pass: `[n]` by name of the layer.
+
+        relu(max_k -g . (S E_k - y)), with g the gradient of the summed losses of `tokens` with respect to the experts'
+        output. It ranks tokens much as the exact regret does and needs no forward per layer and expert. With several
+        tokens of one sequence, g also holds what the earlier ones do to the losses of the later ones.
+
+        Raises:
+            ValueError: the forward recorded no gradients.
+        """
+        flat, capture = self._flat(tokens), self._last()
+        labels = self._labels(flat, labels)
+        outputs = [capture.calls[layer.name].output for layer in self.layers]
+        if not all(output.requires_grad for output in outputs):
+            raise ValueError(
+                "first_order_regret needs the gradient of the loss: run the forward without torch.no_grad(), with at "
+                "least one parameter up to the probed layers that requires a gradient."
+            )
+        with torch.enable_grad():
+            total = losses(self._logits(flat), labels).sum()
+        gradients = torch.autograd.grad(total, outputs, retain_graph=True)
+        with torch.no_grad():
+            return {
+                layer.name: self._first_order(layer, flat, gradient)
+                for layer, gradient in zip(self.layers, gradients, strict=True)
+            }
+
+    def _first_order(self, layer: MoELayer, flat: Tensor, gradient: Tensor) -> Tensor:
+        call, columns = self._call(layer.name), self._columns_of(layer)
+        with self._replay():
+            route = Reroute.to(layer.module, call, flat, call.index[flat], columns=columns)
+        return first_order_regret(gradient.reshape(-1, gradient.shape[-1])[flat], route.alone - route.together)
 
     # How it is answered
 
-    def _predictions(self, flat: Tensor, layer: int | str | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Chunk by chunk of the tokens: their slice, the model's logits `[c, V]` and the experts' `[c, k, V]`."""
-        chosen, call, certificate = self._layer(layer), self._call(layer), self.certificate_of(layer)
-        columns = self._columns_of(chosen)
-        if certificate.path != "delta" and chosen.name not in self._last().replayed:
+    def _reduced(
+        self, flat: Tensor, ids: Tensor, layer: Layer, reduce: Callable[[slice, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Chunk by chunk `reduce` of the model's logits `[c, V]` and the experts' `[c, k, V]`."""
+        certificate = self.certificate_of(layer)
+        if certificate.path != "delta" and certificate.layer not in self._last().replayed:
             raise ValueError("The model changed its mode after the last forward; run the forward again.")
-        k, width, start = call.index.shape[-1], None, 0
-        if flat.numel() == 0:
-            raise ValueError("No token to probe: `tokens` is empty.")
-        while start < flat.numel():
-            rows = 1 if width is None else max(1, _CHUNK_ELEMENTS // (k * width))
-            part = slice(start, min(start + rows, flat.numel()))
-            with self._replay():
-                logits = self._logits(flat[part])
-                route = Reroute.to(chosen.module, call, flat[part], call.index[flat[part]], columns=columns)
-                expert_logits = counterfactual_logits(self._parts, self._last(), chosen, route, certificate)
-            yield part, logits, expert_logits
-            start, width = part.stop, logits.shape[-1]
+        size = max(1, _CHUNK_ELEMENTS // (ids.shape[1] * self._width(certificate)))
+        parts = [slice(start, start + size) for start in range(0, len(flat), size)]
 
-    def _outputs(self, layer: MoELayer, flat: Tensor) -> Tensor:
-        call, columns = self._call(layer.name), self._columns_of(layer)
+        def answer(part: slice) -> Tensor:
+            alone = self._expert_logits(flat[part], ids[part], layer, certificate)
+            return reduce(part, self._logits(flat[part]), alone)
+
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            return torch.cat([answer(part) for part in parts])
+        return torch.cat([checkpoint(answer, part, use_reentrant=False) for part in parts])
+
+    def _width(self, certificate: Certificate) -> int:
+        config = self._parts.outer.config
+        head = self._parts.outer.get_output_embeddings()
+        width = config.num_labels if head is None else config.get_text_config().vocab_size
+        capture = self._last()
+        sequence = capture.last_hidden.shape[-1] * capture.batch_shape[1]
+        return max(width, sequence) if certificate.path == "prefix" else width
+
+    def _expert_logits(self, flat: Tensor, ids: Tensor, layer: Layer, certificate: Certificate) -> Tensor:
+        chosen = self._layer(layer)
+        columns = self._columns_of(chosen)
         with self._replay():
-            return consult(layer.module, call, flat, call.index[flat], columns=columns)
+            route = Reroute.to(chosen.module, self._call(layer), flat, ids, columns=columns)
+            return counterfactual_logits(self._parts, self._last(), chosen, route, certificate)
+
+    def _logits(self, flat: Tensor) -> Tensor:
+        hidden = self._last().last_hidden.flatten(0, 1)[flat]
+        with self._replay():
+            return tail(self._parts, self._last(), hidden.unsqueeze(1))
+
+    @contextmanager
+    def _replay(self) -> Iterator[None]:
+        with self.paused(), replaying(self._parts, self._last().autocast):
+            yield
 
     def _columns_of(self, layer: MoELayer) -> int:
         if layer.name not in self._columns:
@@ -167,23 +251,29 @@ class ExpertProbe:
                 self._columns[layer.name] = columns_of(self._parts, layer, self._last())
         return self._columns[layer.name]
 
-    def _logits(self, flat: Tensor) -> Tensor:
-        hidden = self._last().last_hidden.flatten(0, 1)[flat]
-        return tail(self._parts, self._last(), hidden.unsqueeze(1))
+    # What was asked
 
-    @contextmanager
-    def _replay(self) -> Iterator[None]:
-        with self.paused(), replaying(self._parts, self._last().autocast):
-            yield
+    def _ids(self, flat: Tensor, experts: Experts, layer: Layer) -> Tensor:
+        count = self._layer(layer).num_experts
+        if experts == "selected":
+            return self._call(layer).index[flat]
+        if experts == "all":
+            return torch.arange(count, device=flat.device).expand(len(flat), -1)
+        if isinstance(experts, int) and 1 <= experts <= count:
+            return self.router_shares(flat, layer=layer).topk(experts, dim=-1).indices
+        raise ValueError(f'experts is "selected", "all" or a number from 1 to {count}; got {experts!r}.')
 
-    def _layer(self, layer: int | str | None) -> MoELayer:
+    def _labels(self, flat: Tensor, labels: Tensor) -> Tensor:
+        if labels.shape != flat.shape:
+            raise ValueError(f"regret needs one label per token, got {tuple(labels.shape)} for {flat.numel()} tokens.")
+        return labels.to(flat.device)
+
+    def _layer(self, layer: Layer) -> MoELayer:
         if layer is None:
             if len(self.layers) == 1:
                 return self.layers[0]
-            raise ValueError(
-                f"Several layers are probed; say layer= one of {[chosen.name for chosen in self.layers]}."
-            )
-        return _pick(self.layers, layer, [chosen.index for chosen in self.layers])
+            raise ValueError(f"Several layers are probed; say layer= one of {[item.name for item in self.layers]}.")
+        return _pick(self.layers, layer, [item.index for item in self.layers])
 
     def _last(self) -> Capture:
         if self._recorder.capture is None:
@@ -210,46 +300,20 @@ class ExpertProbe:
                 raise ValueError(
                     f"A token mask has the shape of the batch, {(batch, length)}; got {tuple(tokens.shape)}."
                 )
-            return tokens.reshape(-1).nonzero().squeeze(-1).to(device)
+            tokens = tokens.reshape(-1).nonzero().squeeze(-1)
         if tokens.dim() != 1 or tokens.is_floating_point():
             raise ValueError(
                 "tokens are flat indices [n] or a boolean mask [B, S]; "
                 f"got {tokens.dtype} of shape {tuple(tokens.shape)}."
             )
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < batch * length:
+        if tokens.numel() == 0:
+            raise ValueError("No token to probe: `tokens` is empty.")
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < batch * length:
             raise ValueError(
                 f"tokens lie in 0 to {batch * length - 1} (batch {batch} x length {length}); "
                 f"got {int(tokens.min())} to {int(tokens.max())}."
             )
         return tokens.to(device)
-
-
-def disagreement(logits: Tensor, expert_logits: Tensor, shares: Tensor) -> Tensor:
-    """sum_k r_k ||p^(k) - p||^2 from logits `[n, C]` and `[n, k, C]` and shares `[n, k]`: `[n]`."""
-    _check_classes(logits)
-    gap = upcast(expert_logits).softmax(-1) - upcast(logits).softmax(-1).unsqueeze(1)
-    return (shares * gap.square().sum(-1)).sum(-1)
-
-
-def regret(logits: Tensor, expert_logits: Tensor, labels: Tensor) -> Tensor:
-    """relu(l - min_k l^(k)) from logits `[n, C]` and `[n, k, C]` and labels `[n]`: `[n]`, in nats."""
-    _check_classes(logits)
-    if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
-        raise ValueError(
-            f"Labels are classes 0 to {logits.shape[-1] - 1}, got {int(labels.min())} to {int(labels.max())}; "
-            "leave out the tokens that have no label."
-        )
-    losses = -upcast(logits).log_softmax(-1).gather(-1, labels[:, None])
-    chosen = labels[:, None, None].expand(-1, expert_logits.shape[1], 1)
-    expert_losses = -upcast(expert_logits).log_softmax(-1).gather(-1, chosen).squeeze(-1)
-    return (losses.squeeze(-1) - expert_losses.amin(-1)).relu()
-
-
-def _check_classes(logits: Tensor) -> None:
-    if logits.shape[-1] < 2:
-        raise ValueError(
-            "The probe compares class probabilities, and a model with one output has none; set num_labels >= 2."
-        )
 
 
 def _pick(layers: Sequence[MoELayer], wanted: int | str, indices: Sequence[int]) -> MoELayer:
@@ -330,8 +394,10 @@ __all__ = [
     "ExpertProbe",
     "MoELayer",
     "RoutingRecord",
+    "RoutingStatistics",
     "UnsupportedMoEError",
     "find_moe_layers",
     "hard_routing",
     "probe_experts",
+    "routing_statistics",
 ]

@@ -13,7 +13,14 @@ from rerouting import brute_force
 from tiny_moe import VOCABULARY, tiny_batch, tiny_model
 from torch import Tensor, nn
 
-from hf_moecal import RoutingRecord, find_moe_layers, hard_routing, probe_experts
+from hf_moecal import (
+    RoutingRecord,
+    UnsupportedMoEError,
+    find_moe_layers,
+    hard_routing,
+    probe_experts,
+    routing_statistics,
+)
 
 
 TOKENS = torch.tensor([4, 8, 17])
@@ -404,3 +411,138 @@ def test_hard_routing_of_one_layer_is_the_strongest_experts_counterfactual() -> 
         with probe.paused(), hard_routing(model):
             hard = model(**inputs).logits
     torch.testing.assert_close(alone, hard.flatten(0, 1)[TOKENS], rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_with_gradient_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("flex_olmo")
+    with probe_experts(model) as probe:
+        model(**tiny_batch())
+        whole = gradients(model, value_of(probe.disagreement(TOKENS), probe.regret(TOKENS, LABELS)))
+        monkeypatch.setattr("hf_moecal.probes._CHUNK_ELEMENTS", 2 * VOCABULARY)
+        model(**tiny_batch())
+        parts = gradients(model, value_of(probe.disagreement(TOKENS), probe.regret(TOKENS, LABELS)))
+    assert_same_gradients(parts, whole, tolerance=5e-6)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "flex_olmo", "inkling_text", "deepseek_v3", "dbrx", "zaya"])
+@torch.no_grad()
+def test_other_experts_than_the_selected_ones(model_type: str) -> None:
+    model, inputs = tiny_model(model_type), {**tiny_batch(), "use_cache": False}
+    with probe_experts(model) as probe:
+        model(**inputs)
+    layer = probe.layers[0]
+    everyone = torch.arange(layer.num_experts).expand(len(TOKENS), -1)
+    truth = brute_force(model, layer, inputs, TOKENS, everyone)
+    found = probe.expert_logits(TOKENS, experts="all")
+    assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
+    selected = probe.record.expert_ids[TOKENS]
+    own = found.gather(1, selected.unsqueeze(-1).expand(-1, -1, VOCABULARY))
+    torch.testing.assert_close(own, probe.expert_logits(TOKENS), rtol=1e-4, atol=1e-5)
+    assert probe.expert_outputs(TOKENS, experts="all").shape[:2] == (3, layer.num_experts)
+    with pytest.raises(ValueError, match="from 1 to"):
+        probe.expert_logits(TOKENS, experts=0)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "olmoe"])
+@torch.no_grad()
+def test_the_routers_full_distribution(model_type: str) -> None:
+    model = tiny_model(model_type)
+    layer = find_moe_layers(model)[-1]
+    seen: list[Tensor] = []
+    handle = layer.module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with probe_experts(model) as probe:
+        model(**tiny_batch())
+    handle.remove()
+    block = model.get_submodule(layer.name.rpartition(".")[0])
+    router = getattr(block, "gate", None) or block.router
+    scores = F.linear(seen[0], router.weight, getattr(router, "bias", None))[TOKENS]
+    shares = probe.router_shares(TOKENS)
+    torch.testing.assert_close(shares, scores.softmax(-1))
+    ids = shares.topk(3, dim=-1).indices
+    expected = probe.expert_logits(TOKENS, experts="all").gather(1, ids.unsqueeze(-1).expand(-1, -1, VOCABULARY))
+    torch.testing.assert_close(probe.expert_logits(TOKENS, experts=3), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_full_distribution_carries_gradients_to_the_router() -> None:
+    model = tiny_model("mixtral")
+    with probe_experts(model) as probe:
+        model(**tiny_batch())
+        probe.router_shares(TOKENS)[:, 0].sum().backward()
+    assert model.model.layers[-1].mlp.gate.weight.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_scores_that_do_not_explain_the_weights_are_refused() -> None:
+    model = tiny_model("mixtral")
+    with probe_experts(model) as probe, hard_routing(model):
+        model(**tiny_batch())
+        with pytest.raises(UnsupportedMoEError, match="explain the routing weights"):
+            probe.router_shares(TOKENS)
+
+
+def ranks(values: Tensor) -> Tensor:
+    return values.argsort().argsort().double()
+
+
+def test_first_order_regret_ranks_as_the_exact_one() -> None:
+    # One probed token per sequence: then nothing but its own loss depends on its routing.
+    model, batch = tiny_model("qwen3_moe"), tiny_batch(batch=64, length=6)
+    with torch.no_grad():  # experts of a usual size beside the residual stream
+        for layer in find_moe_layers(model):
+            layer.module.down_proj.mul_(0.3)
+    tokens, labels = torch.arange(64) * 6 + 5, torch.arange(64) + 3
+    with probe_experts(model, "all") as probe:
+        model(**batch)
+        estimates = probe.first_order_regret(tokens, labels)
+        for layer in probe.layers:
+            exact = probe.regret(tokens, labels, layer=layer.index).detach()
+            assert torch.corrcoef(torch.stack([ranks(estimates[layer.name]), ranks(exact)]))[0, 1] > 0.9
+    with torch.no_grad(), probe_experts(model, "all") as probe:
+        model(**batch)
+        with pytest.raises(ValueError, match="no_grad"):
+            probe.first_order_regret(tokens, labels)
+
+
+def test_first_order_regret_is_the_limit_of_the_exact_one() -> None:
+    model = tiny_model("mixtral").double()
+    model.set_experts_implementation("eager")
+    tokens, labels = torch.tensor([8, 17]), torch.tensor([40, 80])
+    with torch.no_grad():
+        for layer in find_moe_layers(model):
+            layer.module.down_proj.mul_(1e-3)
+    with probe_experts(model, "all") as probe:
+        model(**tiny_batch())
+        for name, estimate in probe.first_order_regret(tokens, labels).items():
+            exact = probe.regret(tokens, labels, layer=name)
+            torch.testing.assert_close(estimate, exact.to(estimate.dtype), rtol=1e-2, atol=1e-9)
+
+
+@torch.no_grad()
+def test_statistics_equal_a_plain_loop() -> None:
+    model = tiny_model("qwen3_moe")
+    rows = [{"input_ids": tiny_batch(batch=1, length=n, seed=n)["input_ids"][0]} for n in (5, 9, 3, 7, 4)]
+    statistics = routing_statistics(model.train(), rows, batch_size=2)
+    assert all(module.training for module in model.modules())
+    model.eval()
+    for layer, found in zip(find_moe_layers(model), statistics, strict=True):
+        both, share, entropy = torch.zeros(8, 8), torch.zeros(8), 0.0
+        for row in rows:
+            with probe_experts(model, layer.index) as probe:
+                model(input_ids=row["input_ids"][None])
+            for ids, shares in zip(probe.record.expert_ids, probe.record.shares, strict=True):
+                for one, r in zip(ids, shares, strict=True):
+                    share[one] += r
+                    entropy -= float(r * r.log())
+                    for other in ids:
+                        both[one, other] += 1
+        assert found.tokens == 28 and found.name == layer.name
+        torch.testing.assert_close(found.co_activation.float(), both / 28)
+        torch.testing.assert_close(found.load.float(), both.diagonal() / 56)
+        torch.testing.assert_close(found.share.float(), share / 28)
+        assert found.entropy == pytest.approx(entropy / 28, rel=1e-5)
+        assert found.to_dict()["load"] == found.load.tolist()
+    loader = torch.utils.data.DataLoader([{"input_ids": torch.arange(3, 9)}] * 4, batch_size=3)
+    assert routing_statistics(model, loader)[0].tokens == 24
+    for bad, message in [([], "empty"), ([{"text": "x"}], "reads input_ids")]:
+        with pytest.raises(ValueError, match=message):
+            routing_statistics(model, bad)

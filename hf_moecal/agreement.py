@@ -1,0 +1,86 @@
+"""How experts' own predictions differ from the model's (arXiv:2606.20544): pure functions on logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .routing import upcast
+
+
+def disagreement(logits: Tensor, expert_logits: Tensor, shares: Tensor) -> Tensor:
+    """sum_k r_k ||p^(k) - p||^2 over class probabilities, between 0 and 2.
+
+    Args:
+        logits (`Tensor` of shape `[n, C]`): the model's.
+        expert_logits (`Tensor` of shape `[n, k, C]`): each expert's own.
+        shares (`Tensor` of shape `[n, k]`): r_k, summing to one over k.
+
+    Returns:
+        `Tensor` of shape `[n]`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_moecal.agreement import disagreement
+    >>> experts = torch.tensor([[[9.0, -9.0], [-9.0, 9.0]]])  # two experts, each sure of another class
+    >>> round(disagreement(torch.zeros(1, 2), experts, torch.tensor([[0.5, 0.5]])).item(), 6)
+    0.5
+
+    ```
+    """
+    _check_classes(logits)
+    gap = upcast(expert_logits).softmax(-1) - upcast(logits).softmax(-1).unsqueeze(1)
+    return (shares * gap.square().sum(-1)).sum(-1)
+
+
+def regret(logits: Tensor, expert_logits: Tensor, labels: Tensor) -> Tensor:
+    """relu(l - min_k l^(k)) in nats: what the best expert alone would have saved.
+
+    Args:
+        logits (`Tensor` of shape `[n, C]`): the model's.
+        expert_logits (`Tensor` of shape `[n, k, C]`): each expert's own.
+        labels (`LongTensor` of shape `[n]`): the true classes.
+
+    Returns:
+        `Tensor` of shape `[n]`.
+
+    Raises:
+        ValueError: a label is no class.
+    """
+    loss = losses(logits, labels)
+    chosen = labels[:, None, None].expand(-1, expert_logits.shape[1], 1)
+    alone = -upcast(expert_logits).log_softmax(-1).gather(-1, chosen).squeeze(-1)
+    return (loss - alone.amin(-1)).relu()
+
+
+def losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in nats of logits `[n, C]` and labels `[n]`: `[n]`."""
+    _check_classes(logits)
+    if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
+        raise ValueError(
+            f"Labels are classes 0 to {logits.shape[-1] - 1}, got {int(labels.min())} to {int(labels.max())}; "
+            "leave out the tokens that have no label."
+        )
+    return -upcast(logits).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+
+
+def first_order_regret(gradient: Tensor, change: Tensor) -> Tensor:
+    """relu(max_k -g . (S E_k - y)): the regret as far as the loss is linear in the experts' output.
+
+    Args:
+        gradient (`Tensor` of shape `[n, H]`): g, of the loss with respect to the experts' output.
+        change (`Tensor` of shape `[n, k, H]`): S E_k - y.
+
+    Returns:
+        `Tensor` of shape `[n]`, in nats.
+    """
+    return -torch.einsum("nh,nkh->nk", upcast(gradient), upcast(change)).amin(-1).clamp_max(0)
+
+
+def _check_classes(logits: Tensor) -> None:
+    if logits.shape[-1] < 2:
+        raise ValueError(
+            "The probe compares class probabilities, and a model with one output has none; set num_labels >= 2."
+        )
