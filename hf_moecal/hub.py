@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from hf_moecal.calibration import CalibrationRecord, Calibrator, from_record, read_record, write_record
 from hf_moecal.calibration.record import FILE_NAME, MAX_BYTES
+from hf_moecal.calibration.selection import AUTO, CalibrationResult, calibrate_table
 from hf_moecal.calibration.temperature import IdentityCalibrator, TemperatureCalibrator
-from hf_moecal.loading import load_model
+from hf_moecal.checkpoint_files import load_training_ids
+from hf_moecal.loading import HUB_ARGUMENTS, load_model
 from hf_moecal.publish import PublishError, push
 
 
@@ -18,6 +20,7 @@ __all__ = [
     "PublishError",
     "TABLE_CALIBRATOR",
     "attach_calibrator",
+    "calibrate",
     "from_pretrained",
     "load_calibration",
     "push",
@@ -28,11 +31,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from hf_moecal.calibration.base import Table
+
 TABLE_CALIBRATOR = "moecal_table_calibrator"
 """Attribute of a model whose calibration needs more than logits: a calibrator for its predictions table."""
 
 _STATED_VERSIONS = ("hf_moecal", "transformers", "torch", "numpy", "scikit-learn")
-_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 def write_calibration(
@@ -84,6 +88,42 @@ def write_calibration(
     return write_record(model_dir, record)
 
 
+def calibrate(
+    model_dir: str | Path,
+    table: Table,
+    *,
+    method: str | Calibrator = AUTO,
+    data: Mapping[str, Any] | None = None,
+    folds: int = 5,
+    seed: int = 0,
+) -> CalibrationResult:
+    """Fits a calibration on a checkpoint's predictions, writes it beside the weights, and says what it does.
+
+    Args:
+        model_dir: folder of the checkpoint whose predictions these are.
+        table: predictions on labelled data that the model was not trained on.
+        method, folds, seed: see [`~hf_moecal.calibration.selection.calibrate_table`].
+        data: `name` and `revision` of the data, for the record and the model card.
+
+    Returns:
+        What was compared and chosen, with figures on held-out rows before and after.
+
+    Raises:
+        ValueError: the table cannot be used, or holds rows that the checkpoint's record names as training data.
+    """
+    result = calibrate_table(table, method=method, folds=folds, seed=seed, training_ids=load_training_ids(model_dir))
+    write_calibration(
+        model_dir,
+        result.calibrator,
+        data={**(data or {}), **result.data},
+        before=result.before,
+        after=result.after,
+        comparison=result.comparison,
+        warnings=result.warnings,
+    )
+    return result
+
+
 def load_calibration(model_dir: str | Path, **hub: Any) -> Calibrator:
     """The calibrator that a checkpoint carries in its `calibration.json`; call its `apply` on a predictions table.
 
@@ -112,7 +152,7 @@ def from_pretrained(model_dir: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         ValueError: the checkpoint has no calibration, or a malformed one.
     """
-    record = _record_of(model_dir, {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
+    record = _record_of(model_dir, {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
     model = load_model(model_dir, **kwargs)
     if record.baked is None:
         attach_calibrator(model, from_record(record))

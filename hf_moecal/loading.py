@@ -1,7 +1,8 @@
-"""Load a saved checkpoint with the head that it was saved with, and nothing that runs foreign code."""
+"""Load a saved checkpoint with the head that it was saved with; nothing is unpickled and no foreign code is run."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """The model of a checkpoint folder or Hub repository, in evaluation mode.
+    """The model of a checkpoint folder or Hub repository, in evaluation mode, from safetensors only.
 
     Args:
         path: folder or repository id. A LoRA adapter is loaded on the base model that it names.
@@ -22,22 +24,53 @@ def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         ValueError: the checkpoint's head is neither a causal language model nor a sequence classifier.
     """
-    if (Path(path) / ADAPTER_CONFIG).is_file():
-        from peft import AutoPeftModel
+    from transformers import AutoConfig
+    from transformers.utils.peft_utils import find_adapter_config_file
 
-        return AutoPeftModel.from_pretrained(path, **kwargs).eval()
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    shared = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
-    config = AutoConfig.from_pretrained(path, **{key: kwargs[key] for key in shared if key in kwargs})
+    hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+    if find_adapter_config_file(str(path), **hub) is not None:
+        return _load_adapter(path, hub, kwargs)
+    config = AutoConfig.from_pretrained(path, **hub)
     architecture = (config.architectures or ["an unnamed architecture"])[0]
-    if architecture.endswith("ForSequenceClassification"):
-        auto = AutoModelForSequenceClassification
-    elif architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        auto = AutoModelForCausalLM
-    else:
-        raise ValueError(
-            f"{architecture} has neither a language-model head nor a sequence-classification head; "
-            "load it with its own class."
-        )
-    return auto.from_pretrained(path, **kwargs).eval()
+    return _auto_class(architecture).from_pretrained(path, use_safetensors=True, **kwargs).eval()
+
+
+def _auto_class(architecture: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if architecture.endswith(("ForSequenceClassification", "SEQ_CLS")):
+        return AutoModelForSequenceClassification
+    if architecture.endswith(("ForCausalLM", "LMHeadModel", "CAUSAL_LM")):
+        return AutoModelForCausalLM
+    raise ValueError(
+        f"{architecture} has neither a language-model head nor a sequence-classification head; load it with its own "
+        "class and hf_moecal.hub.attach_calibrator."
+    )
+
+
+def _load_adapter(path: str | Path, hub: Mapping[str, Any], kwargs: Mapping[str, Any]) -> PreTrainedModel:
+    """The base model with the adapter on it. The adapter's head says how many classes there are; its base does not."""
+    from peft import PeftConfig, PeftModel
+
+    adapter = PeftConfig.from_pretrained(path, **hub)
+    task = getattr(adapter.task_type, "value", adapter.task_type)
+    auto = _auto_class(str(task or "An adapter without a task type"))
+    of_base = {key: value for key, value in kwargs.items() if key != "revision"}
+    if task == "SEQ_CLS":
+        of_base.setdefault("num_labels", _num_labels(path, hub))
+    base = auto.from_pretrained(
+        adapter.base_model_name_or_path, revision=adapter.revision or "main", use_safetensors=True, **of_base
+    )
+    return PeftModel.from_pretrained(base, path, use_safetensors=True, **hub).eval()
+
+
+def _num_labels(path: str | Path, hub: Mapping[str, Any]) -> int:
+    from huggingface_hub import hf_hub_download
+    from safetensors import safe_open
+
+    file = Path(path) / ADAPTER_WEIGHTS
+    with safe_open(file if file.is_file() else hf_hub_download(str(path), ADAPTER_WEIGHTS, **hub), "pt") as tensors:
+        heads = [name for name in tensors.keys() if name.endswith(("score.weight", "classifier.weight"))]
+        if not heads:
+            raise ValueError(f"The adapter {str(path)!r} brings no classification head; pass num_labels.")
+        return tensors.get_slice(heads[0]).get_shape()[0]

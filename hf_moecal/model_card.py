@@ -242,7 +242,7 @@ def _stamp(text: str) -> str:
 
 
 def _as_we_left_it(card: str) -> bool:
-    found = _SECTION.search(card)
+    found = _SECTION.search(_body(card))
     return found is not None and found.group(1) == _stamp(_outside(card))
 
 

@@ -6,12 +6,13 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_moecal.calibration.record import FILE_NAME, read_record
+from hf_moecal.calibration.record import FILE_NAME, read_json, read_record
 from hf_moecal.checkpoint_files import (
     EVALUATION_FILE,
     TRAINING_FILE,
@@ -111,12 +112,7 @@ def publishable(model_dir: Path) -> dict[str, Path]:
     """
     if not model_dir.is_dir():
         raise ValueError(f"{str(model_dir)!r} is not a folder; give the folder of a saved checkpoint.")
-    found = {
-        path.relative_to(model_dir).as_posix(): path
-        for pattern in (*_PUBLISHED, *_FIGURES)
-        for path in sorted(model_dir.glob(pattern))
-        if path.is_file() and _SAFE_NAME.match(path.relative_to(model_dir).as_posix())
-    }
+    found = _found(model_dir, (*_PUBLISHED, *_FIGURES))
     has_config = "config.json" in found or ADAPTER_CONFIG in found
     if not has_config or not any(name.endswith(".safetensors") for name in found):
         raise ValueError(
@@ -129,14 +125,24 @@ def publishable(model_dir: Path) -> dict[str, Path]:
             raise ValueError(f"{name} names {missing[0]!r}, which is not in the folder; save the checkpoint again.")
     if FILE_NAME in found:
         read_record(found[FILE_NAME])
+    if ADAPTER_CONFIG in found:
+        base = read_json(found[ADAPTER_CONFIG]).get("base_model_name_or_path") or ""
+        if Path(base).is_dir():
+            warnings.warn(f"The adapter names the local folder {base!r} as its base model, which nobody else has.")
     return found
+
+
+def _found(model_dir: Path, patterns: Iterable[str]) -> dict[str, Path]:
+    paths = [path for pattern in patterns for path in sorted(model_dir.glob(pattern)) if path.is_file()]
+    named = {path.relative_to(model_dir).as_posix(): path for path in paths}
+    return {name: path for name, path in named.items() if _SAFE_NAME.match(name)}
 
 
 def make_card(model_dir: Path, *, repo_id: str, published: str | None) -> str:
     """The card to publish, from the records in the folder, the folder's README.md and the published one."""
     record = read_record(model_dir) if (model_dir / FILE_NAME).exists() else None
     evaluation = load_evaluation(model_dir)
-    figures = [name for name in publishable(model_dir) if Path(name).match("reliability*")]
+    figures = list(_found(model_dir, _FIGURES))
     section = render_section(
         record=record,
         training=load_training_settings(model_dir),
@@ -279,12 +285,17 @@ def _explained(step: str) -> Iterator[None]:
         reason = reasons.get(status, f"{' '.join(said.split())[:200]}; push again later")
         # Not chained: a broken upload's own message holds the signed address that it went to.
         raise PublishError(f"Failed {step}: {reason}. Nothing half-done is visible.") from None
+    except ValueError as error:
+        if isinstance(error, json.JSONDecodeError):
+            said = "the answer of the Hub was no JSON; push again later."
+        else:  # the client's own words, such as what is wrong with the metadata of README.md
+            said = " ".join(str(error).split())[:300]
+        raise PublishError(f"Failed {step}: {said} Nothing half-done is visible.") from None
     except Exception as error:
-        if not isinstance(error, OSError | ValueError | RuntimeError | _client_errors()):
+        if not isinstance(error, OSError | RuntimeError | _client_errors()):
             raise
         raise PublishError(
-            f"Failed {step}: {type(error).__name__}, the connection broke or the answer was no answer. "
-            "Nothing half-done is visible; push again."
+            f"Failed {step}: the connection broke ({type(error).__name__}). Nothing half-done is visible; push again."
         ) from None
 
 

@@ -49,6 +49,7 @@ class LoopbackHub:
     repositories: dict[str, dict[str, list[tuple[str, dict[str, Entry]]]]] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     fault: tuple[str, int | str, int] | None = None
+    metadata_error: str | None = None
     requests: list[str] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
     url: str = ""
@@ -172,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         text = json.loads(body)["content"]
         try:
             metadata = yaml.safe_load(text.split("---")[1])
-            assert isinstance(metadata, dict)
+            assert isinstance(metadata, dict) and self.hub.metadata_error is None, self.hub.metadata_error
         except Exception as error:
             return self._send(400, {"errors": [{"message": str(error)}], "warnings": []})
         return self._send(200, {"errors": [], "warnings": []})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import warnings
 
 import numpy as np
@@ -31,6 +32,7 @@ from hf_moecal.checkpoint_files import (
 from hf_moecal.hub import (
     TABLE_CALIBRATOR,
     attach_calibrator,
+    calibrate,
     from_pretrained,
     load_calibration,
     write_calibration,
@@ -153,6 +155,54 @@ def test_a_lora_adapter_is_loaded_on_its_base(tmp_path):
     ids = torch.arange(3, 13)[None]
     loaded = from_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(loaded(input_ids=ids).logits, adapted(input_ids=ids).logits / 1.7)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_classifier_adapter_says_how_many_classes_there_are(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForSequenceClassification.from_pretrained(saved(tmp_path / "base", causal=True), num_labels=5)
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="SEQ_CLS")
+    adapted = get_peft_model(base, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    write_calibration(tmp_path / "adapter", temperature())
+    ids = torch.arange(3, 13)[None]
+    loaded = from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(loaded(input_ids=ids).logits, adapted(input_ids=ids).logits / 1.7)
+
+
+class Trap:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_nothing_is_unpickled(tmp_path):
+    folder = tmp_path / "model"
+    saved(folder)
+    write_calibration(folder, temperature())
+    (folder / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "calibration.pkl"):
+        (folder / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    with pytest.raises(OSError, match="safetensors"):
+        from_pretrained(folder)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_calibrate_fits_writes_and_refuses_training_rows(tmp_path):
+    table = routed()
+    result = calibrate(tmp_path, table, data={"name": "movies", "revision": "1a2b"})
+    record = read_record(tmp_path)
+    assert record.method == result.calibrator.method == "temperature"
+    assert record.data == {"name": "movies", "revision": "1a2b", "n": 800, "folds": 3, "held_out": "groups", "seed": 0}
+    assert record.before["ece"] == result.before["ece"] > record.after["ece"] and len(record.comparison) == 11
+    write_training_record(tmp_path, settings={}, ids=["row-7"])
+    with pytest.raises(ValueError, match="such as id 'row-7'"):
+        calibrate(tmp_path, table)
 
 
 def test_no_calibration_is_an_error_that_says_what_to_do(tmp_path):

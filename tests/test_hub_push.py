@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, hf_api
 from huggingface_hub.utils import _http
 from loopback_hub import READ_ONLY_TOKEN, TOKEN, serve
 from test_calibration import drawn
@@ -36,6 +36,7 @@ def hub(monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")
@@ -226,6 +227,30 @@ def test_a_fault_at_any_step_leaves_nothing_half_done(hub, checkpoint, step, kin
     assert {name: hub.files("org/model")[name] for name in wanted} == wanted
 
 
+def test_metadata_that_the_hub_refuses_are_named(hub, checkpoint):
+    hub.metadata_error = '"base_model" must be a repository'
+    with pytest.raises(PublishError, match='Invalid metadata in README.md. - "base_model" must be a repository'):
+        push(checkpoint, repo_id="org/model", token=TOKEN)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_is_published_and_loaded_on_its_base(hub, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForSequenceClassification.from_pretrained(saved(tmp_path / "base"))
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="SEQ_CLS")
+    adapted = get_peft_model(base, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    write_calibration(tmp_path / "adapter", temperature())
+    with pytest.warns(UserWarning, match="local folder"):
+        push(tmp_path / "adapter", repo_id="org/adapter", token=TOKEN)
+    names = {"adapter_config.json", "adapter_model.safetensors", "calibration.json", "README.md", ".gitattributes"}
+    assert set(hub.files("org/adapter")) == names
+    loaded = from_pretrained("org/adapter", cache_dir=tmp_path / "cache", token=TOKEN)
+    ids = torch.arange(3, 13)[None]
+    torch.testing.assert_close(loaded(input_ids=ids).logits, adapted(input_ids=ids).logits / 1.7)
+
+
 def test_what_was_sent_is_not_sent_twice(hub, checkpoint):
     hub.fault = ("commit", 503, 100)
     with pytest.raises(PublishError, match="publishing"):
@@ -313,6 +338,7 @@ def test_hostile_text_stays_text(hub, checkpoint):
     for _ in range(2):
         push(checkpoint, repo_id="org/model", evaluation={evil: {"ece": 0.1, "n": 5}}, token=TOKEN)
     text = hub.files("org/model")["README.md"].decode()
+    text = text.split("---\n", 2)[2]  # in the metadata it is quoted
     assert text.count("<!-- hf_moecal:end -->") == 1 and "\n# Title" not in text and "[x](" not in text
 
 
