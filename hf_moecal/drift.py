@@ -21,7 +21,7 @@ from scipy import sparse, stats
 
 
 # Points at which a reference distribution is kept: D is exact up to 1 / MAX_POINTS, and exact below that many values.
-MAX_POINTS = 20_000
+MAX_POINTS = 10_000
 # Pearson's rule: a category pooled from cells with fewer expected cases has no chi-square distribution.
 MIN_EXPECTED = 5.0
 CORRECTIONS = ("holm", "benjamini-hochberg")

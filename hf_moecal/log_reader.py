@@ -94,7 +94,7 @@ def _parquet_pieces(path: Path, schema: Schema, done: int, *, growing: bool) -> 
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, pre_buffer=False)
     except (pa.ArrowInvalid, OSError) as error:
         if growing:  # a file gets its footer last
             return
