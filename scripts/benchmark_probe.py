@@ -1,0 +1,170 @@
+"""What the probe costs: a training step with it, as a ratio to one without, beside brute force.
+
+    python scripts/benchmark_probe.py [--vocabulary 1000 32000] [--top-k 2 4] [--json]
+
+All variants take turns, and each ratio is the median over rounds of a variant's time to that of a step without probe
+in the same round. On a CPU the clock counts the process's own seconds, which other processes do not stretch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from hf_moecal import probe_experts
+from hf_moecal.probes import ExpertProbe
+
+
+BATCH, LENGTH, HIDDEN, LAYERS, EXPERTS = 4, 256, 256, 8, 8
+
+
+def build(vocabulary: int, top_k: int, device: str) -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=vocabulary,
+        hidden_size=HIDDEN,
+        intermediate_size=2 * HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=top_k,
+        experts_implementation="grouped_mm",
+    )
+    model = MixtralForCausalLM(config).to(device).train()
+    model.set_experts_implementation("grouped_mm")
+    return model
+
+
+def variants(probe: ExpertProbe | None, model: MixtralForCausalLM, ids: Tensor, top_k: int) -> dict[str, Callable]:
+    last = torch.arange(1, BATCH + 1, device=ids.device) * LENGTH - 1
+    everything = torch.arange(BATCH * LENGTH, device=ids.device)
+    labels = ids.flatten().roll(-1)
+
+    def forward() -> Tensor:
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    def paused() -> None:
+        with probe.paused():
+            forward().backward()
+
+    def hooks() -> None:
+        forward().backward()
+
+    def last_token() -> None:
+        loss = forward()
+        with torch.no_grad():
+            probe.disagreement_and_regret(last, labels[last])
+        loss.backward()
+
+    def last_token_with_gradient() -> None:
+        loss = forward()
+        (loss + sum(value.sum() for value in probe.disagreement_and_regret(last, labels[last]))).backward()
+
+    def all_tokens() -> None:
+        loss = forward()
+        with torch.no_grad():
+            probe.disagreement_and_regret(everything, labels)
+        loss.backward()
+
+    def all_tokens_with_gradient() -> None:
+        loss = forward()
+        (loss + sum(value.mean() for value in probe.disagreement_and_regret(everything, labels))).backward()
+
+    def brute_force() -> None:
+        with probe.paused():
+            loss = forward()
+            with torch.no_grad():  # one whole forward for each of the k experts, all tokens rerouted at once
+                for _ in range(top_k):
+                    model(input_ids=ids, use_cache=False)
+            loss.backward()
+
+    def brute_force_with_gradient() -> None:
+        with probe.paused():
+            sum([forward() for _ in range(1 + top_k)]).backward()
+
+    return {
+        function.__name__: function
+        for function in (
+            paused,
+            hooks,
+            last_token,
+            last_token_with_gradient,
+            all_tokens,
+            all_tokens_with_gradient,
+            brute_force,
+            brute_force_with_gradient,
+        )
+    }
+
+
+def bare(model: MixtralForCausalLM, ids: Tensor) -> None:
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+
+def measure(vocabulary: int, top_k: int, *, rounds: int, device: str) -> dict[str, float]:
+    """Seconds of a step without probe, and every variant as a ratio to it: medians over the rounds."""
+    model = build(vocabulary, top_k, device)
+    ids = torch.randint(0, vocabulary, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1)).to(device)
+    seconds: dict[str, list[float]] = {}
+    for step in range(rounds + 1):
+        times = {"no_probe": timed(lambda: bare(model, ids), model)}
+        with probe_experts(model) as probe:
+            bare(model, ids)
+            probe.certificate  # noqa: B018  computed once, before the clock runs
+            for name, function in variants(probe, model, ids, top_k).items():
+                times[name] = timed(function, model)
+        if step:  # the first round warms up
+            for name, value in times.items():
+                seconds.setdefault(name, []).append(value)
+    base = seconds["no_probe"]
+    ratios = {name: [value / own for value, own in zip(values, base, strict=True)] for name, values in seconds.items()}
+    medians = {name: statistics.median(values) for name, values in ratios.items() if name != "no_probe"}
+    return {"seconds_without_probe": statistics.median(base), **medians}
+
+
+def timed(function: Callable, model: MixtralForCausalLM) -> float:
+    model.zero_grad(set_to_none=True)
+    start = clock()
+    function()
+    return clock() - start
+
+
+def clock() -> float:
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[1000, 32000])
+    parser.add_argument("--top-k", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    results = [
+        {"vocabulary": v, "top_k": k, **measure(v, k, rounds=options.rounds, device=options.device)}
+        for v in options.vocabulary
+        for k in options.top_k
+    ]
+    if options.json:
+        print(json.dumps(results, indent=2))
+        return
+    for result in results:
+        print(f"vocabulary {result['vocabulary']}, top {result['top_k']} of {EXPERTS}")
+        for name, value in list(result.items())[2:]:
+            print(f"  {name.replace('_', ' '):28s} {value:.3f}")
+
+
+if __name__ == "__main__":
+    main()
