@@ -145,7 +145,7 @@ def compare_groups(groups: Mapping[str, dict]) -> dict[str, Any]:
     Where that ties (or without a bootstrap) the debiased L2 error decides.
     """
     some = {name: found for name, found in groups.items() if found["n"]}
-    worst = max(some, key=lambda name: (np.nan_to_num(some[name]["ece_interval"][0]), some[name]["ece_l2_debiased"]))
+    worst = max(some, key=lambda name: (np.nan_to_num(some[name]["ece_interval"][0]), some[name]["ece_l2_debiased"], some[name]["ece"]))
     spread = {key: max(f[key] for f in some.values()) - min(f[key] for f in some.values()) for key in SPREAD}
     return {"worst_group": worst, "worst_group_ece": some[worst]["ece"], "group_spread": spread}
 
