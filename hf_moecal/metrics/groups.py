@@ -145,9 +145,13 @@ def compare_groups(groups: Mapping[str, dict]) -> dict[str, Any]:
     Where that ties (or without a bootstrap) the debiased L2 error decides.
     """
     some = {name: found for name, found in groups.items() if found["n"]}
-    worst = max(some, key=lambda name: (np.nan_to_num(some[name]["ece_interval"][0]), some[name]["ece_l2_debiased"], some[name]["ece"]))
+    worst = max(some, key=lambda name: _severity(some[name]))
     spread = {key: max(f[key] for f in some.values()) - min(f[key] for f in some.values()) for key in SPREAD}
     return {"worst_group": worst, "worst_group_ece": some[worst]["ece"], "group_spread": spread}
+
+
+def _severity(figures: dict) -> tuple[float, float, float]:
+    return float(np.nan_to_num(figures["ece_interval"][0])), figures["ece_l2_debiased"], figures["ece"]
 
 
 def routing_groups(table: Any, by: str, *, bins: int = 4) -> list[str]:

@@ -87,7 +87,7 @@ def page() -> gradio.Blocks:
                 labels = gradio.Textbox(EXAMPLE_LABELS, lines=2, label="Labels", elem_id="labels")
                 button = gradio.Button("Measure", variant="primary", elem_id="measure")
                 table = gradio.Dataframe(headers=["figure", "value"], label="Figures", elem_id="figures")
-            plot = gradio.Plot(label="Reliability diagram", elem_id="diagram")
+            plot = gradio.Plot(show_label=False, elem_id="diagram")
         button.click(measure, [probs, labels], [table, plot])
     return blocks
 
