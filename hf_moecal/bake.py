@@ -85,16 +85,18 @@ def bake(
     reference = _logits(model, inputs)
     way = _exact_way(model, inputs, reference)
     way.scale(1.0 / calibrator.temperature)
+    place, tensors = way.name, list(way.tensors)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as scratch:
         target = Path(scratch) / "checkpoint"
         model.save_pretrained(target)
+        del model, way  # a large model must not be held twice
         _copy_companions(model_dir, target)
         wanted = [logits / calibrator.temperature for logits in reference]
-        error = _compared(_logits(load_model(target, dtype="auto"), inputs), wanted, way, tolerance)
+        error = _compared(_logits(load_model(target, dtype="auto"), inputs), wanted, place, tolerance)
         baked = {
-            "into": way.name,
-            "tensors": list(way.tensors),
+            "into": place,
+            "tensors": tensors,
             "largest_difference": error,
             "tolerance": tolerance,
             "sequences": len(inputs),
@@ -241,7 +243,7 @@ def _difference(got: Tensor, wanted: Tensor) -> float:
     return ((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12)).item()
 
 
-def _compared(got: Sequence[Tensor], wanted: Sequence[Tensor], way: _Way, tolerance: float) -> float:
+def _compared(got: Sequence[Tensor], wanted: Sequence[Tensor], place: str, tolerance: float) -> float:
     """Largest difference between the reloaded copy and the target.
 
     Raises:
@@ -251,14 +253,14 @@ def _compared(got: Sequence[Tensor], wanted: Sequence[Tensor], way: _Way, tolera
     error = max(_difference(a, b) for a, b in pairs)
     if not error <= tolerance:
         raise ValueError(
-            f"Baking into the {way.name} changed the logits by {error:.2g} instead of scaling them exactly (allowed "
+            f"Baking into the {place} changed the logits by {error:.2g} instead of scaling them exactly (allowed "
             f"{tolerance:g}); nothing was written. Bake a float32 copy, or keep calibration.json beside the weights."
         )
     for a, b in pairs:
         at_new = b.gather(-1, a.argmax(dim=-1, keepdim=True))[..., 0]
         lost = (b.max(dim=-1).values - at_new).max().item()
         if lost > 2 * error * b.abs().max().item():
-            raise ValueError(f"Baking into the {way.name} changed a prediction; nothing was written.")
+            raise ValueError(f"Baking into the {place} changed a prediction; nothing was written.")
     return error
 
 

@@ -197,7 +197,7 @@ def _calibrated(logits: torch.Tensor, calibrator: Calibrator) -> torch.Tensor:
 
     flat = logits.detach().float().reshape(-1, logits.shape[-1]).cpu().numpy()
     probs = torch.from_numpy(calibrator.apply({"logits": flat})["probs"])
-    return probs.log().to(logits).reshape(logits.shape)
+    return probs.clamp_min(torch.finfo(torch.float32).tiny).log().to(logits).reshape(logits.shape)
 
 
 def _record_of(model_dir: str | Path, hub: Mapping[str, Any]) -> CalibrationRecord:

@@ -10,6 +10,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_calibration import drawn, routed
 from tiny_moe import tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
@@ -22,6 +24,7 @@ from hf_moecal.calibration import (
     VectorCalibrator,
     read_record,
 )
+from hf_moecal.calibration.selection import CANDIDATES
 from hf_moecal.checkpoint_files import (
     load_evaluation,
     load_training_ids,
@@ -286,6 +289,50 @@ def test_hostile_records_are_refused(name, tmp_path):
         load_calibration(tmp_path)
     message = str(caught.value)
     assert len(message) < 500 and "\n" not in message
+
+
+WILD = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def places(value, path=()):
+    """Every place in a JSON value, as a path of keys and indices."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+@pytest.fixture(scope="module")
+def records():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fitted = [build().fit(routed(200)) for build in CANDIDATES.values()]
+    base = {"format": "hf_moecal.calibration", "version": 1}
+    return [json.dumps({**base, "method": c.method, "parameters": c.parameters()}) for c in fitted]
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_record_changed_anywhere_is_refused_or_harmless(data, records, tmp_path_factory):
+    content = json.loads(data.draw(st.sampled_from(records)))
+    *path, last = data.draw(st.sampled_from([place for place in places(content) if place]))
+    inner = content
+    for key in path:
+        inner = inner[key]
+    inner[last] = data.draw(WILD)
+    file = tmp_path_factory.mktemp("record") / "calibration.json"
+    file.write_text(json.dumps(content))
+    try:
+        calibrator = Calibrator.load(file)
+        probs = calibrator.apply(routed(20))["probs"]
+    except ValueError as error:
+        assert "\n" not in str(error)
+    else:
+        assert np.isfinite(probs).all() and np.allclose(probs.sum(axis=1), 1)
 
 
 def test_the_untouched_record_is_accepted(tmp_path):

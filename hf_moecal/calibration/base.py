@@ -113,6 +113,8 @@ class Calibrator:
     def fit(self, table: Table, *, training_ids: Collection[str] | None = None) -> Self:
         """Fits on the labelled rows of a predictions table; rows with label -100 are ignored.
 
+        What it does to rows that it has not seen, [`~hf_moecal.calibration.selection.calibrate_table`] reports.
+
         Args:
             table: predictions with `logits` or `probs`, `label`, and the columns in `reads`.
             training_ids: ids of the rows that the model was trained on (see `hf_moecal.hub.load_training_ids`).
