@@ -9,29 +9,44 @@ from torch import nn
 from .probes import find_moe_layers
 
 
-class DecoderLayer(NamedTuple):
-    """Place of a decoder layer in a model: the list that holds it, the list's name, and its index there."""
+class Site(NamedTuple):
+    """Where the last MoE block sits.
 
-    layers: nn.ModuleList
-    name: str
+    Attributes:
+        before (`list[nn.Module]`): the decoder layers before the block's own.
+        siblings (`dict[str, nn.Module]`): the other modules of the block's decoder layer, by name.
+        block (`nn.Module`): the module of the decoder layer that holds router and experts.
+        block_name (`str`): its name in the model.
+        layers_name (`str`): name of the list of decoder layers.
+        index (`int`): of the block's decoder layer in that list.
+    """
+
+    before: list[nn.Module]
+    siblings: dict[str, nn.Module]
+    block: nn.Module
+    block_name: str
+    layers_name: str
     index: int
 
 
-def decoder_layer_of(model: nn.Module, module_name: str) -> DecoderLayer:
-    """The decoder layer that holds a module: the outermost `ModuleList` element on the module's path.
+def last_moe_site(model: nn.Module) -> Site:
+    """Finds the last MoE block: the child of a decoder layer (an element of the outermost `ModuleList`) around it.
 
     Raises:
-        ValueError: the module is not inside a list of layers.
+        ValueError: the model has no MoE layer, or the last one is not inside a list of layers.
     """
-    path = module_name.split(".")
+    path = find_moe_layers(model)[-1].name.split(".")
     current = model
     for depth, part in enumerate(path):
         if isinstance(current, nn.ModuleList):
-            return DecoderLayer(current, ".".join(path[:depth]), int(part))
+            layer, child = current[int(part)], path[depth + 1]
+            siblings = {name: module for name, module in layer.named_children() if name != child}
+            names = ".".join(path[: depth + 2]), ".".join(path[:depth])
+            return Site(list(current)[: int(part)], siblings, getattr(layer, child), *names, int(part))
         current = getattr(current, part)
     raise ValueError(
-        f"Module {module_name!r} of {type(model).__name__} is not inside a list of layers, so there is no frozen "
-        "prefix to find; use train='all'."
+        f"The last MoE layer {'.'.join(path)!r} of {type(model).__name__} is not inside a list of decoder layers; "
+        "use train='all'."
     )
 
 
@@ -40,8 +55,8 @@ def set_trainable(model: nn.Module, preset: str) -> str:
 
     Args:
         model (`nn.Module`): a transformers model.
-        preset (`str`): `"all"` (leaves `requires_grad` as it is) or `"last_moe_layer"` (the decoder layer that
-            holds the last MoE layer, and everything after it, the head included).
+        preset (`str`): `"all"` (leaves `requires_grad` as it is) or `"last_moe_layer"` (router and experts of the
+            last MoE layer, and all modules after the decoder layers: the final norm and the head).
 
     Returns:
         `str`: one line that says what trains.
@@ -50,7 +65,7 @@ def set_trainable(model: nn.Module, preset: str) -> str:
         ValueError: nothing would train.
     """
     if preset == "last_moe_layer":
-        _train_from(model, decoder_layer_of(model, find_moe_layers(model)[-1].name))
+        _train_last_moe_layer(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     if trained == 0:
@@ -58,11 +73,13 @@ def set_trainable(model: nn.Module, preset: str) -> str:
     return f"train={preset}: {trained:,} of {total:,} parameters ({trained / total:.1%})"
 
 
-def _train_from(model: nn.Module, layer: DecoderLayer) -> None:
-    """Freezes what runs before the layer. Modules are registered in the order in which they run."""
-    first = f"{layer.name}.{layer.index}."
+def _train_last_moe_layer(model: nn.Module) -> None:
+    """Modules are registered in the order in which they run, so what comes after the layers' names runs after them."""
+    site = last_moe_site(model)
     embeddings = {id(p) for p in model.get_input_embeddings().parameters()}  # a tied head stays frozen with them
-    started = False
+    seen_layers = False
     for name, parameter in model.named_parameters():
-        started = started or name.startswith(first)
-        parameter.requires_grad_(started and id(parameter) not in embeddings)
+        in_layers = name.startswith(f"{site.layers_name}.")
+        seen_layers = seen_layers or in_layers
+        trains = name.startswith(f"{site.block_name}.") or (seen_layers and not in_layers)
+        parameter.requires_grad_(trains and id(parameter) not in embeddings)

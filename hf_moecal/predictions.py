@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .objectives import check_labels
+from .prefix_cache import PrefixCache
 from .probes import ExpertProbe, disagreement, probe_experts, regret
 from .table import COLUMNS, IGNORED_LABEL
 from .tasks import pooled_positions
@@ -32,6 +33,7 @@ def predict(
     batch_size: int = 32,
     max_length: int | None = None,
     layer: int | None = -1,
+    prefix: PrefixCache | None = None,
     progress: bool = True,
 ) -> Dataset:
     """Predicts every example of a dataset, with its routing.
@@ -49,6 +51,7 @@ def predict(
         max_length (`int`, *optional*): tokens after which a text is cut.
         layer (`int`, *optional*, defaults to -1): MoE layer whose routing is recorded; `None` records none, and
             works for dense models too.
+        prefix ([`~hf_moecal.prefix_cache.PrefixCache`], *optional*): entered cache through which the model runs.
         progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
 
     Returns:
@@ -93,7 +96,7 @@ def predict(
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 batch_labels = torch.tensor([labels[row] for row in chosen])
-                found = _predict_batch(model, probe, [tokens[row] for row in chosen], batch_labels)
+                found = _predict_batch(model, probe, prefix, [tokens[row] for row in chosen], batch_labels)
                 for position, row in enumerate(chosen):
                     rows[row] = {name: values[position] for name, values in found.items()}
                 bar.update(len(chosen))
@@ -103,7 +106,11 @@ def predict(
 
 
 def _predict_batch(
-    model: nn.Module, probe: ExpertProbe | None, sequences: list[list[int]], labels: Tensor
+    model: nn.Module,
+    probe: ExpertProbe | None,
+    prefix: PrefixCache | None,
+    sequences: list[list[int]],
+    labels: Tensor,
 ) -> dict[str, list]:
     """Columns of the predictions table for one batch of token sequences."""
     device = next(model.parameters()).device
@@ -113,14 +120,17 @@ def _predict_batch(
     ).to(device)
     lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
     mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
-    logits = model(input_ids=ids, attention_mask=mask)["logits"].float()
-    check_labels(labels[labels != IGNORED_LABEL], logits.shape[-1])
-    probs = logits.double().softmax(-1)
-    confidence, prediction = probs.max(-1)
-    found = {"label": labels, "logits": logits, "probs": probs, "prediction": prediction, "confidence": confidence}
-    if probe is not None:
-        pooled = torch.arange(len(ids), device=device) * ids.shape[1] + pooled_positions(ids, pad)
-        found |= _routing(probe, pooled, logits, labels.to(device))
+    batch = {"input_ids": ids, "attention_mask": mask}
+    with nullcontext(batch) if prefix is None else prefix.replaying(batch) as batch:
+        logits = model(**batch)["logits"].float()
+        check_labels(labels[labels != IGNORED_LABEL], logits.shape[-1])
+        probs = logits.double().softmax(-1)
+        confidence, prediction = probs.max(-1)
+        found = {"label": labels, "logits": logits, "probs": probs, "prediction": prediction, "confidence": confidence}
+        if probe is not None:
+            short = batch["input_ids"]
+            pooled = torch.arange(len(short), device=device) * short.shape[1] + pooled_positions(short, pad)
+            found |= _routing(probe, pooled, logits, labels.to(device))
     return {name: values.tolist() for name, values in found.items()}
 
 

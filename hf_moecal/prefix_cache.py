@@ -1,8 +1,9 @@
-"""Hidden states of frozen layers: computed once per sequence, kept on disk, replayed in the model's own forward.
+"""Everything before the last MoE block, computed once per sequence, kept on disk, and replayed in the model's forward.
 
-When everything before a decoder layer is frozen, that layer's input is the same in every epoch, for every objective
-and every seed. [`PrefixCache`] reads through: a batch whose sequences are all known skips the frozen layers, any
-other runs them and is stored. A sequence is known by its tokens, so any dataset and any collator work.
+When only the last MoE block and what follows it train, all that comes before is the same in every epoch, for every
+objective and every seed, and for sequence classification only its value at the pooled token matters. [`PrefixCache`]
+keeps that: each later forward runs one token per sequence through the block, the final norm and the head. A sequence
+is known by its tokens, so any dataset and any collator work.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import copy
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .freezing import decoder_layer_of
-from .probes import find_moe_layers
+from .freezing import last_moe_site
+from .replay import patched
 from .state_store import StateStore
+from .tasks import pooled_positions
 
 
 _FLUSH_EVERY = 1024  # sequences: what a killed run computes again at most
@@ -29,22 +33,30 @@ _RANDOM = ("dropout", "jitter", "layerdrop")
 _SHAPING = ("position_ids", "inputs_embeds", "token_type_ids", "past_key_values")
 
 
-class PrefixCache:
-    """Skips the frozen layers of a model within a `with` block; on exit every layer is as it was.
+_INPUT = "layer input"
+_EXACT, _ROUNDED = 1e-5, 0.2  # accepted error of a replayed forward, in the model's precision and in a lower one
 
-    The layers before the last MoE layer's decoder layer are replayed. On the first batch the replayed logits are
-    compared with the computed ones, so a model whose later layers need more from the earlier ones than their hidden
-    states is refused.
+
+class _Recorded(Exception):
+    """Ends a recording forward once everything before the block is known."""
+
+
+class PrefixCache:
+    """Replays what comes before the last MoE block of a sequence classifier; on exit the model is as it was.
+
+    Within `with cache.replaying(batch) as short`, a forward on `short` gives the logits of the whole model on `batch`.
+    On the first batch that is checked, so a model that cannot be replayed (its last MoE block is not in its last
+    layer, or later modules read more from earlier ones) is refused.
 
     Args:
-        model (`nn.Module`): a transformers model, its first layers and input embeddings frozen.
+        model (`PreTrainedModel`): a sequence classifier; everything before its last MoE block is frozen.
         folder (`str` or `Path`): where the states are kept. States of other weights or another precision are dropped.
-        dtype (`str`, *optional*): precision of the frozen layers' computation and of the states, for example
-            `"bfloat16"`; the model's own if unset.
+        dtype (`str`, *optional*): precision in which the frozen part runs, for example `"bfloat16"`; the model's own
+            if unset. Another precision takes a copy of the model.
 
     Raises:
-        ValueError: a layer before the last MoE layer trains, is random in training mode (dropout, router jitter), or
-            cannot be replayed exactly.
+        ValueError: something before the block trains or is random in training mode (dropout, router jitter), or the
+            model cannot be replayed.
 
     Example:
 
@@ -59,7 +71,8 @@ class PrefixCache:
     >>> _ = set_trainable(model, "last_moe_layer")
     >>> with tempfile.TemporaryDirectory() as folder, PrefixCache(model, folder) as cache:
     ...     for epoch in range(2):
-    ...         _ = model(input_ids=torch.tensor([[5, 6, 7]]))
+    ...         with cache.replaying({"input_ids": torch.tensor([[5, 6, 7]])}) as short:
+    ...             _ = model(**short)
     ...     cache.computed, cache.replayed
     (1, 2)
 
@@ -67,110 +80,160 @@ class PrefixCache:
     """
 
     def __init__(self, model: nn.Module, folder: str | Path, *, dtype: str | None = None):
-        place = decoder_layer_of(model, find_moe_layers(model)[-1].name)
-        if place.index == 0:
-            raise ValueError("The last MoE layer is in the model's first layer: nothing before it to be cached.")
-        self._model, self._layers = model, list(place.layers)[: place.index]
-        self._frozen = [model.get_input_embeddings(), *self._layers]
-        _check_frozen(self._frozen)
-        own = next(self._layers[0].parameters()).dtype
-        self._dtype = own if dtype is None else _dtype(dtype)
-        self._recast = self._dtype != own
-        self._folder = Path(folder)
-        self._found: Tensor | None = None
-        self._verified = self._forced = False
+        self._model, self._folder = model, Path(folder)
+        self._site = last_moe_site(model)
+        if self._site.index == 0:
+            raise ValueError("The last MoE block is in the model's first layer: nothing before it is worth caching.")
+        if model.get_output_embeddings() is not None:
+            raise ValueError(
+                f"The prefix cache keeps the pooled token of a sequence classifier, and {type(model).__name__} is a "
+                "language model; leave `prefix_cache` unset."
+            )
+        frozen = [model.get_input_embeddings(), *self._site.before, *self._site.siblings.values()]
+        _check_frozen(frozen)
+        self._block_dtype = next(self._site.block.parameters()).dtype
+        self._dtype = self._block_dtype if dtype is None else _dtype(dtype)
+        self._identity = {"weights": fingerprint(frozen, model.config), "dtype": str(self._dtype)}
+        self._layout: dict[str, tuple[Any, list[torch.Size]]] = {}
+        self._found: dict[str, Any] | None = None
+        self._verified = False
         self.computed = self.replayed = 0
 
     def __enter__(self) -> PrefixCache:
-        identity = {"weights": fingerprint(self._frozen, self._model.config), "dtype": str(self._dtype)}
         writer = str(torch.distributed.get_rank()) if torch.distributed.is_initialized() else "0"
-        self._store = StateStore(self._folder, identity=identity, dtype=self._dtype, writer=writer)
-        self._handle = self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        for index, layer in enumerate(self._layers):
-            run = copy.deepcopy(layer).to(self._dtype).forward if self._recast else layer.forward
-            layer.forward = self._replaying(run, first=index == 0, last=index == len(self._layers) - 1)
+        self._store = StateStore(self._folder, identity=self._identity, dtype=self._dtype, writer=writer)
+        self._runner = self._model
+        if self._dtype != self._block_dtype:
+            self._runner = copy.deepcopy(self._model).to(self._dtype)
+        modules = {_INPUT: self._site.before[-1], **self._site.siblings}
+        stubs = {module: self._stub(name, module.forward) for name, module in modules.items()}
+        stubs |= {module: self._stub(None, module.forward) for module in self._site.before[:-1]}
+        self._exit = ExitStack()
+        self._exit.enter_context(patched(stubs))
+        self._exit.callback(self._store.close)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._handle.remove()
-        for layer in self._layers:
-            del layer.forward  # the instance attribute; the class's own method shows again
-        self._store.close()
+        self._exit.close()
 
-    def _replaying(self, run: Callable[..., Any], *, first: bool, last: bool) -> Callable[..., Any]:
-        """A layer's forward that hands on its input while the batch is replayed; the last one gives the states."""
+    @contextmanager
+    def replaying(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Gives the batch as one token per sequence; forwards on it within the block start at the MoE block.
 
-        @functools.wraps(run)
-        @torch.no_grad()
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if first:
-                self._outer_dtype = hidden.dtype
-            if self._found is not None:
-                return self._found.to(hidden.device, hidden.dtype) if last else hidden
-            if self._recast:
-                args, kwargs = _cast(args, self._dtype), _cast(kwargs, self._dtype)
-            state = run(*args, **kwargs)
-            if not isinstance(state, Tensor):
-                raise ValueError(
-                    f"The decoder layers of {type(self._model).__name__} return more than hidden states, which the "
-                    "prefix cache cannot replay; leave `prefix_cache` unset."
-                )
-            if last:
-                self._keep(state)
-                return state.to(self._outer_dtype)
-            return state
+        Args:
+            inputs (`Mapping`): `input_ids` `[B, S]` and `attention_mask` of a batch, and whatever else goes with it.
 
-        return forward
+        Yields:
+            `dict`: the same with `input_ids` and `attention_mask` of shape `[B, 1]`.
 
-    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        ids, mask = _tokens(args, kwargs)
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        self._rows = [row.nonzero().squeeze(1) for row in real.cpu()]
-        self._keys = [_key(row[kept], kept) for row, kept in zip(ids.cpu(), self._rows, strict=True)]
-        if not self._verified:
-            self._verified = True  # first: the comparison runs the model, and so this hook
-            self._verify(args, kwargs)
-        self._found = self._look_up(ids.shape)
-        if self._found is not None:
-            self.replayed += len(self._keys)
+        Raises:
+            ValueError: the hidden states depend on more than ids and mask, or the model cannot be replayed.
+        """
+        ids, mask = _tokens(inputs)
+        positions = pooled_positions(ids, self._model.config.get_text_config().pad_token_id)
+        pooled = ids.gather(1, positions[:, None])
+        short = {**inputs, "input_ids": pooled, "attention_mask": torch.ones_like(pooled)}
+        with torch.no_grad(), torch.random.fork_rng():
+            found = self._unpacked(self._vectors(ids, mask, positions))
+            if not self._verified:
+                self._verify({"input_ids": ids, "attention_mask": mask}, short, found)
+                self._verified = True
+        self.replayed += len(ids)
+        with self._giving(found):
+            yield short
 
-    def _look_up(self, shape: torch.Size) -> Tensor | None:
-        if not all(key in self._store for key in self._keys):
+    @contextmanager
+    def _giving(self, found: dict[str, Any]) -> Iterator[None]:
+        self._found = found
+        try:
+            yield
+        finally:
+            self._found = None
+
+    def _vectors(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """One stored vector per sequence, `[B, D]`; those that are not stored yet are computed."""
+        keys = [_key(row[kept.bool()], kept) for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
+        if not all(key in self._store for key in keys):
             self._store.refresh()
-        states = [self._store.get(key) for key in self._keys]
-        if self._forced or any(state is None for state in states):
-            return None
-        found = states[0].new_zeros(*shape, *states[0].shape[1:])
-        for row, kept, state in zip(found, self._rows, states, strict=True):
-            row[kept] = state
+        vectors = [self._store.get(key) for key in keys]
+        missing = [row for row, vector in enumerate(vectors) if vector is None]
+        if missing or not self._layout:  # the layout of a filled store is learnt from the first batch
+            rows = missing or [0]
+            for row, vector in zip(rows, self._record(ids[rows], mask[rows], positions[rows]), strict=True):
+                vectors[row] = vector
+                self._store.put(keys[row], vector)
+            before, self.computed = self.computed, self.computed + len(missing)
+            if before // _FLUSH_EVERY != self.computed // _FLUSH_EVERY:
+                self._store.flush()
+        return torch.stack([vector.to(ids.device, self._block_dtype) for vector in vectors])
+
+    def _unpacked(self, vectors: Tensor) -> dict[str, Any]:
+        found, start = {}, 0
+        for name, (structure, shapes) in self._layout.items():
+            leaves = []
+            for shape in shapes:
+                leaves.append(None if shape is None else vectors[:, start : start + shape.numel()])
+                if shape is not None:
+                    leaves[-1] = leaves[-1].reshape(len(vectors), 1, *shape)
+                    start += shape.numel()
+            found[name] = tree_unflatten(leaves, structure)
         return found
 
-    def _keep(self, states: Tensor) -> None:
-        states = states.cpu()
-        for key, kept, state in zip(self._keys, self._rows, states, strict=True):
-            self._store.put(key, state[kept])
-        before, self.computed = self.computed, self.computed + len(self._keys)
-        if before // _FLUSH_EVERY != self.computed // _FLUSH_EVERY:
-            self._store.flush()
+    def _stub(self, name: str | None, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward that gives what was found under a name (its own input for `None`) while a batch is replayed."""
 
-    def _verify(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Compares a computed with a replayed forward, in evaluation mode; leaves the random state alone."""
+        @functools.wraps(forward)
+        def stub(*args: Any, **kwargs: Any) -> Any:
+            if self._found is None or (name is not None and name not in self._found):
+                return forward(*args, **kwargs)
+            return (args[0] if args else kwargs["hidden_states"]) if name is None else self._found[name]
+
+        return stub
+
+    def _record(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Runs what comes before the block and keeps it at the pooled tokens: `[b, D]`."""
+        site, outputs = last_moe_site(self._runner), {}
+        rows = torch.arange(len(ids), device=ids.device)
+
+        def keep(name: str, output: Any) -> None:
+            leaves, structure = tree_flatten(output)
+            if not all(leaf is None or (isinstance(leaf, Tensor) and leaf.shape[:2] == ids.shape) for leaf in leaves):
+                raise ValueError(
+                    f"{name!r} of {type(self._model).__name__} gives more than one state per token, which cannot be "
+                    "replayed; leave `prefix_cache` unset."
+                )
+            outputs[name] = structure, [None if leaf is None else leaf[rows, positions] for leaf in leaves]
+
+        def stop(module: nn.Module, args: tuple) -> None:
+            raise _Recorded
+
+        with ExitStack() as hooks:
+            for name, module in {_INPUT: site.before[-1], **site.siblings}.items():
+                hook = module.register_forward_hook(lambda m, args, output, name=name: keep(name, output))
+                hooks.callback(hook.remove)
+            hooks.callback(site.block.register_forward_pre_hook(stop).remove)
+            with suppress(_Recorded):
+                self._runner(input_ids=ids, attention_mask=mask, use_cache=False)
+        self._layout = {
+            name: (structure, [None if leaf is None else leaf.shape[1:] for leaf in leaves])
+            for name, (structure, leaves) in outputs.items()
+        }
+        kept = [leaf.flatten(1) for _, leaves in outputs.values() for leaf in leaves if leaf is not None]
+        return torch.cat(kept, dim=1)
+
+    def _verify(self, whole: dict[str, Any], short: dict[str, Any], found: dict[str, Any]) -> None:
+        """Compares a whole with a replayed forward, in evaluation mode."""
         training = self._model.training
         self._model.eval()
-        with torch.no_grad(), torch.random.fork_rng():
-            self._forced = True
-            computed = self._model(*args, **kwargs)["logits"]
-            self._forced = False
-            replayed = self._model(*args, **kwargs)["logits"]
+        computed = self._model(**whole)["logits"]
+        with self._giving(found):
+            replayed = self._model(input_ids=short["input_ids"], attention_mask=short["attention_mask"])["logits"]
         self._model.train(training)
-        self.replayed = 0
         error = ((computed - replayed).abs().max() / computed.abs().max().clamp(min=1e-30)).item()
-        if not error <= 1e-5:
+        if not error <= (_EXACT if self._dtype == self._block_dtype else _ROUNDED):
             raise ValueError(
-                f"Replaying the hidden states before the last MoE layer of {type(self._model).__name__} changes its "
-                f"logits by {error:.1e} of their scale: later layers read more from the earlier ones. Leave "
-                "`prefix_cache` unset for this model."
+                f"Replaying what comes before the last MoE block of {type(self._model).__name__} changes its logits "
+                f"by {error:.1e} of their scale; leave `prefix_cache` unset for this model."
             )
 
 
@@ -186,32 +249,21 @@ def fingerprint(modules: list[nn.Module], config: Any) -> str:
     return digest.hexdigest()
 
 
-def _key(ids: Tensor, positions: Tensor) -> str:
-    content = torch.stack([ids, positions]).contiguous().numpy().tobytes()
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+def _key(ids: Tensor, mask: Tensor) -> str:
+    start = mask.nonzero()[0].numpy().tobytes()  # left padding shifts positions
+    return hashlib.blake2b(ids.numpy().tobytes() + start, digest_size=16).hexdigest()
 
 
-def _tokens(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Token ids and mask of a forward; raises where the hidden states depend on anything else."""
-    ids = args[0] if args else kwargs.get("input_ids")
-    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    other = [name for name in _SHAPING if kwargs.get(name) is not None]
-    if ids is None or other or len(args) > 2 or (mask is not None and mask.dim() != 2):
+def _tokens(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of a batch; raises where the hidden states depend on anything else."""
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    other = [name for name in _SHAPING if inputs.get(name) is not None]
+    if ids is None or other or (mask is not None and mask.shape != ids.shape):
         raise ValueError(
-            "The prefix cache knows sequences by `input_ids` and a [B, S] `attention_mask`, but this batch has "
-            f"{other or 'another form'}; leave `prefix_cache` unset."
+            "The prefix cache knows sequences by `input_ids` and an `attention_mask` of the same shape, but this "
+            f"batch has {other or 'another form'}; leave `prefix_cache` unset."
         )
-    return ids, mask
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, tuple):
-        return tuple(_cast(item, dtype) for item in value)
-    if isinstance(value, dict):
-        return {name: _cast(item, dtype) for name, item in value.items()}
-    return value
+    return ids, torch.ones_like(ids) if mask is None else mask
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -226,17 +278,20 @@ def _check_frozen(modules: list[nn.Module]) -> None:
         trains = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         if trains:
             raise ValueError(
-                f"The prefix cache replays frozen layers, but {len(trains)} of their parameters train (first: "
+                f"The prefix cache replays frozen modules, but {len(trains)} of their parameters train (first: "
                 f"{trains[0]!r}); set train='last_moe_layer' or leave `prefix_cache` unset."
             )
         for child in module.modules():
-            random = {
-                name: value
-                for name, value in {**vars(child), **({"p": child.p} if isinstance(child, nn.Dropout) else {})}.items()
-                if (name == "p" or any(word in name for word in _RANDOM)) and isinstance(value, float) and value > 0
-            }
+            random = {name: value for name, value in vars(child).items() if _is_random(child, name) and value}
             if random:
                 raise ValueError(
-                    f"The prefix cache replays layers that must not be random, but {type(child).__name__} has "
+                    f"The prefix cache replays modules that must not be random, but {type(child).__name__} has "
                     f"{random}; set these to 0 in the model's config, or leave `prefix_cache` unset."
                 )
+
+
+def _is_random(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is a probability or strength of noise: `p` of a dropout module, `attention_dropout`, ..."""
+    if not isinstance(vars(module)[name], (int, float)):
+        return False
+    return (name == "p" and isinstance(module, nn.Dropout)) or any(word in name for word in _RANDOM)

@@ -44,6 +44,7 @@ class MoECalMixin:
         self._supervision: Supervision | None = None
         self._selector: RowSelector | None = None
         self._probe: ExpertProbe | None = None
+        self._prefix: PrefixCache | None = None
         self._instruments: ExitStack | None = None
         self._summaries: list[BatchSummary] = []
         self.compute_loss_func = self._objective_loss
@@ -88,7 +89,7 @@ class MoECalMixin:
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         # Without the count, Trainer does not multiply by the world size: our mean is over the whole batch already.
-        with self._supervising(inputs):
+        with self._judging(inputs) as inputs:
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -123,9 +124,9 @@ class MoECalMixin:
         model.train()
         for index in range(1, window.size):
             window.random_states[index] = RandomState.current(self.args.device)
-            inputs = dict(self._prepare_inputs(window.batches[index]))
+            inputs = self._prepare_inputs(window.batches[index])
             self._measuring = index
-            with torch.no_grad(), self.compute_loss_context_manager(), self._supervising(inputs):
+            with torch.no_grad(), self.compute_loss_context_manager(), self._judging(inputs) as inputs:
                 Trainer.compute_loss(self, model, inputs)  # a subclass's own metrics count the other pass
         self._measuring = None
 
@@ -179,10 +180,12 @@ class MoECalMixin:
         return supervise_classification(inputs, config.pad_token_id, self.model.config.num_labels)
 
     @contextmanager
-    def _supervising(self, inputs: Mapping[str, Any]) -> Iterator[None]:
-        self._supervision = self._supervise(inputs)
-        with self._selecting(self._supervision.tokens):
-            yield
+    def _judging(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Gives the batch to run, as short as it can be, and knows within the block what it is judged on."""
+        with nullcontext(dict(inputs)) if self._prefix is None else self._prefix.replaying(inputs) as batch:
+            self._supervision = self._supervise(batch)
+            with self._selecting(self._supervision.tokens):
+                yield batch
 
     def _selecting(self, tokens: Tensor | None) -> AbstractContextManager[None]:
         return nullcontext() if self._selector is None else self._selector.selecting(tokens)
@@ -203,13 +206,13 @@ class MoECalMixin:
                     self._selector = self._instruments.enter_context(RowSelector(self.model))
                 if self.args.prefix_cache is not None:
                     cache = PrefixCache(self.model, self.args.prefix_cache, dtype=self.args.prefix_cache_dtype)
-                    self._instruments.enter_context(cache)
+                    self._prefix = self._instruments.enter_context(cache)
                 if self.args.objective == "robust_filtered":
                     probe = probe_experts(self.model, layer=self.args.probe_layer)
                     self._probe = self._instruments.enter_context(probe)
                 yield
             finally:
-                self._instruments = self._selector = self._probe = None
+                self._instruments = self._selector = self._probe = self._prefix = None
 
 
 class MoECalTrainer(MoECalMixin, Trainer):

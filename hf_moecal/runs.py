@@ -1,0 +1,153 @@
+"""Carries out a recipe: trains its model, predicts its sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .predictions import predict
+from .prefix_cache import PrefixCache
+from .recipe import Recipe, expand, load_set
+from .trainer import MoECalTrainer
+from .training_args import MoECalArguments
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def parse_arguments(recipe: Recipe, overrides: Sequence[str] = ()) -> MoECalArguments:
+    """The recipe's [`MoECalArguments`], with fields overridden as on a command line (`["--eta", "1.0"]`).
+
+    Raises:
+        ValueError: a field does not exist or its value is out of range.
+    """
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(MoECalArguments)
+    parser.set_defaults(**recipe.arguments)
+    arguments, unknown = parser.parse_args_into_dataclasses(args=list(overrides), return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"Unknown arguments: {' '.join(unknown)}; fields are those of hf_moecal.MoECalArguments.")
+    if arguments.prefix_cache is not None:
+        arguments.prefix_cache = expand(arguments.prefix_cache)
+    return arguments
+
+
+def load_classifier(
+    path: str, num_labels: int | None = None, *, seed: int = 0
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence-classification model and its tokenizer; a head that the checkpoint lacks is drawn from `seed`."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+    set_seed(seed)
+    changes = {} if num_labels is None else {"num_labels": num_labels}
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype="float32", **changes)
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def train_recipe(recipe: Recipe, *, overrides: Sequence[str] = (), resume: bool = False) -> MoECalTrainer:
+    """Trains as the recipe says and saves the model in `output_dir`.
+
+    Args:
+        recipe ([`Recipe`]): what to train on what.
+        overrides (`Sequence[str]`): command-line arguments that override fields.
+        resume (`bool`): go on from the last checkpoint in `output_dir`.
+
+    Returns:
+        [`MoECalTrainer`]: after training.
+
+    Raises:
+        ValueError: the recipe has no training set, or an argument is wrong.
+    """
+    if recipe.train is None:
+        raise ValueError("The recipe has no training set; add `train: {path: ...}` under `data:`.")
+    arguments = parse_arguments(recipe, overrides)
+    sets = {"train": recipe.train, **({"validation": recipe.validation} if recipe.validation else {})}
+    sets |= recipe.groups if arguments.eval_strategy != "no" else {}
+    loaded = {name: load_set(name, spec, recipe) for name, spec in sets.items()}
+    classes = 1 + max(max(dataset["label"]) for dataset in loaded.values())
+    model, tokenizer = load_classifier(recipe.model, classes, seed=arguments.seed)
+    encoded = {name: _encode(dataset, tokenizer, recipe) for name, dataset in loaded.items()}
+    trainer = MoECalTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=encoded.pop("train"),
+        eval_dataset=encoded or None,
+        processing_class=tokenizer,
+    )
+    trainer.accelerator.print(trainer.trains)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(arguments) if resume else None)
+    trainer.save_model()
+    return trainer
+
+
+def predict_recipe(
+    recipe: Recipe, *, model: str | PreTrainedModel, sets: Sequence[str] | None = None, batch_size: int = 32
+) -> Dataset:
+    """The predictions table of a model on the recipe's sets; the column `group` names the set.
+
+    Args:
+        recipe ([`Recipe`]): where the sets come from; its `prefix_cache` is used.
+        model (`str` or `PreTrainedModel`): Hub id, folder, or a model whose tokenizer is the recipe's.
+        sets (`Sequence[str]`, *optional*): names among the groups, `"train"` and `"validation"`; all groups if unset.
+        batch_size (`int`): sequences per forward.
+
+    Raises:
+        ValueError: the recipe has no such set, or none.
+    """
+    from datasets import concatenate_datasets
+
+    known = {"train": recipe.train, "validation": recipe.validation, **recipe.groups}
+    known = {name: spec for name, spec in known.items() if spec is not None}
+    wanted = list(recipe.groups) if sets is None else list(sets)
+    missing = [name for name in wanted if name not in known]
+    if missing or not wanted:
+        raise ValueError(f"The recipe has no set {missing or 'at all'}; it has {list(known)}.")
+    if isinstance(model, str):
+        model, tokenizer = load_classifier(model)
+    else:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    settings = recipe.arguments
+    cached = nullcontext()
+    if settings.get("prefix_cache") is not None:
+        model.requires_grad_(False)
+        cached = PrefixCache(model, expand(settings["prefix_cache"]), dtype=settings.get("prefix_cache_dtype"))
+    with cached as prefix:
+        tables = [
+            predict(
+                model,
+                load_set(name, known[name], recipe),
+                processing_class=tokenizer,
+                text_column=recipe.text,
+                group=name,
+                batch_size=batch_size,
+                max_length=recipe.max_length,
+                layer=settings.get("probe_layer", -1),
+                prefix=prefix,
+            )
+            for name in wanted
+        ]
+    return concatenate_datasets(tables)
+
+
+def _encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        return tokenizer(batch[recipe.text], truncation=recipe.max_length is not None, max_length=recipe.max_length)
+
+    kept = dataset.select_columns([recipe.text, "label"])
+    return kept.map(encode, batched=True, remove_columns=[recipe.text], desc="tokenize")
+
+
+def _last_checkpoint(arguments: MoECalArguments) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    return get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
