@@ -102,12 +102,13 @@ def set_limits(axes: Sequence[Axes], panels: Sequence[Mapping[str, Any]]) -> Non
 
 
 def draw_counts(ax: Axes, data: Mapping[str, Any], *, color: str = PALETTE[0]) -> None:
-    """Draws how many examples each confidence bin holds, each bar with its number."""
-    edges, count = np.asarray(data["edges"], float), np.asarray(data["count"])
+    """Draws how many examples each confidence bin holds, the wrong ones in grey, each bar with its number."""
+    edges, count = np.asarray(data["edges"], float), np.asarray(data["count"], float)
     filled = _filled(data)
-    ax.bar(
-        edges[:-1], count, width=np.diff(edges), align="edge", color=color, alpha=0.55, linewidth=0.6, edgecolor=PAPER
-    )
+    right = count * np.nan_to_num(np.asarray(data["accuracy"], float))
+    bars = {"width": np.diff(edges), "align": "edge", "linewidth": 0.6, "edgecolor": PAPER}
+    ax.bar(edges[:-1], right, color=color, alpha=0.55, **bars)
+    ax.bar(edges[:-1], count - right, bottom=right, color=MUTED, **bars)
     text = {"ha": "center", "va": "bottom", "fontsize": 6.5, "color": INK, "rotation": 90 if filled.sum() > 9 else 0}
     for i in np.flatnonzero(filled):
         above = ((edges[i] + edges[i + 1]) / 2, count[i])
@@ -157,7 +158,7 @@ def reliability_figure(panels: Mapping[str, Mapping[str, Any]], *, title: str) -
         axes[1, 0].set_ylim(0, max(tallest, 1) * (1.9 if _crowded(panels) else 1.4))
         axes[0, 0].set_ylabel("accuracy")
         axes[1, 0].set_ylabel("examples")
-        note = "below the dashed line: overconfident · above it: underconfident"
+        note = "below the dashed line: overconfident · above it: underconfident · grey bars: wrong answers"
         figure.supxlabel(note, fontsize=7.5, color=MUTED)
         figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
     return figure
@@ -165,3 +166,84 @@ def reliability_figure(panels: Mapping[str, Mapping[str, Any]], *, title: str) -
 
 def _crowded(panels: Mapping[str, Mapping[str, Any]]) -> bool:
     return any(_filled(data).sum() > 9 for data in panels.values())
+
+
+def reliability_panel(data: Mapping[str, Any], *, color: str, like: Sequence[Mapping[str, Any]]) -> Figure:
+    """One reliability diagram with its counts and without a title, on the axes range of `like`."""
+    import matplotlib.pyplot as plt
+
+    with style():
+        figure, (top, bottom) = plt.subplots(2, 1, figsize=(3.1, 3.6), sharex=True, height_ratios=[2.8, 1])
+        figure.subplots_adjust(left=0.16, right=0.98, top=0.98, bottom=0.12, hspace=0.06)
+        draw_reliability(top, data, color=color, limits=False)
+        draw_counts(bottom, data, color=color)
+        set_limits([top], like)
+        tallest = max(max(each["count"]) for each in like)
+        bottom.set_ylim(0, tallest * (1.9 if _crowded(dict(enumerate(like))) else 1.4))
+        top.set_ylabel("accuracy")
+        bottom.set_xlabel("confidence")
+    return figure
+
+
+def draw_configuration(ax: Axes, methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Draws confidence minus accuracy against a routing feature, one line per method, with 95 % intervals.
+
+    Args:
+        ax: axes to draw on.
+        methods: method -> parts of [`~hf_moecal.report_routing.by_configuration`].
+    """
+    ax.axhline(0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    for (name, parts), color in zip(methods.items(), colours(list(methods)).values(), strict=True):
+        x, gap, low, high = (np.array([part[key] for part in parts]) for key in ("value", "gap", "low", "high"))
+        ax.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+        ax.plot(x, gap, color=color, marker="o", markersize=4, linewidth=1.4, label=name)
+    ax.set_ylabel("confidence − accuracy")
+    ax.margins(x=0.04)
+    ax.locator_params(axis="x", nbins=5)
+
+
+def configuration_figure(methods: Mapping[str, Sequence[Mapping[str, Any]]], *, label: str) -> Figure:
+    """The figure of one routing feature."""
+    import matplotlib.pyplot as plt
+
+    with style():
+        figure, ax = plt.subplots(figsize=(4.2, 3.1), layout="constrained")
+        draw_configuration(ax, methods)
+        ax.set_xlabel(f"{label} (fifths of the examples)")
+        if len(methods) > 1:
+            figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=7.5, handlelength=1.4)
+    return figure
+
+
+def draw_load(ax: Axes, load: Mapping[str, Sequence[float]]) -> None:
+    """Draws the share of selections per expert (columns) and evaluation set (rows), with numbers up to 16 experts.
+
+    Args:
+        ax: axes to draw on.
+        load: set -> shares, see [`~hf_moecal.report_routing.expert_load`].
+    """
+    width = max(map(len, load.values()))
+    shares = np.array([[*row, *[0.0] * (width - len(row))] for row in load.values()])
+    top = max(shares.max(), 2 / width)
+    ax.pcolormesh(shares, cmap="Blues", vmin=0, vmax=top, edgecolor=PAPER, linewidth=1 if width <= 32 else 0)
+    for (i, j), share in np.ndenumerate(shares) if width <= 16 else ():
+        ax.text(j + 0.5, i + 0.5, f"{share:.2f}".lstrip("0"), ha="center", va="center", fontsize=7.5,
+                color="#fefefe" if share > 0.6 * top else "#111418")  # fmt: skip
+    ax.set_yticks(np.arange(len(shares)) + 0.5, list(load))
+    step = 1 if width <= 16 else -(-width // 8)
+    ax.set_xticks(np.arange(0, width, step) + 0.5, np.arange(0, width, step))
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.invert_yaxis()
+    ax.set_xlabel("expert")
+
+
+def load_figure(load: Mapping[str, Sequence[float]]) -> Figure:
+    """The expert load of one method."""
+    import matplotlib.pyplot as plt
+
+    with style():
+        width = min(max(0.45 * max(map(len, load.values())) + 1.4, 3.1), 7.5)
+        figure, ax = plt.subplots(figsize=(width, 0.34 * len(load) + 0.75), layout="constrained")
+        draw_load(ax, load)
+    return figure
