@@ -41,12 +41,14 @@ class Anatomy:
     Args:
         outer (`nn.Module`): the model with its head.
         base (`nn.Module`): what the outer model calls to get `last_hidden_state`.
+        experts (`list`): the experts modules of the MoE layers.
         tops (`list`): modules beside the decoder layers, among them the final norm.
         sites (`dict`): by name of the MoE layer.
     """
 
     outer: nn.Module
     base: nn.Module
+    experts: list[nn.Module]
     tops: list[nn.Module]
     sites: dict[str, Site]
 
@@ -71,7 +73,8 @@ def anatomy(model: nn.Module, layers: list[MoELayer]) -> Anatomy:
         blocks = list(path[depth])
         sites[layer.name] = Site(blocks, blocks.index(path[depth + 1]), _siblings(path[depth + 1 :]))
     tops = [child for owner, blocks in owners.items() for child in owner.children() if child is not blocks]
-    return Anatomy(outer, getattr(outer, outer.base_model_prefix, outer), tops, sites)
+    base = getattr(outer, outer.base_model_prefix, outer)
+    return Anatomy(outer, base, [layer.module for layer in layers], tops, sites)
 
 
 def _path(model: nn.Module, name: str) -> list[nn.Module]:

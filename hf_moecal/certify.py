@@ -20,6 +20,7 @@ from .replay import (
     own_cache,
     prefix_logits,
     replaying,
+    run_experts,
     tail,
     take_rows,
 )
@@ -62,10 +63,10 @@ def columns_of(parts: Anatomy, layer: MoELayer, capture: Capture) -> int:
     call, gap = capture.calls[layer.name], float("nan")
     tokens = torch.unique(real_tokens(capture)[[0, -1]])
     with torch.no_grad(), replaying(parts, capture.autocast):
-        whole = layer.module(call.hidden[tokens], call.index[tokens], call.weights[tokens]).flatten(0, -2)
+        whole = run_experts(parts, layer, call.hidden[tokens], call.index[tokens], call.weights[tokens])
         for columns in (1, 2):
             try:
-                route = Reroute.to(layer.module, call, tokens, call.index[tokens], columns=columns)
+                route = Reroute.to(parts, layer, call, tokens, call.index[tokens], columns=columns)
             except (IndexError, RuntimeError, ValueError):
                 continue
             gap = float((route.together.squeeze(1) - whole).abs().max() / whole.abs().max())
@@ -103,7 +104,7 @@ def certify(parts: Anatomy, layer: MoELayer, capture: Capture, columns: int) -> 
         ids = call.index[tokens]
         if ids.shape[1] == 1:  # the selected expert alone changes nothing, which would certify any path
             ids = (ids + 1) % layer.num_experts
-        route = Reroute.to(layer.module, call, tokens, ids, columns=columns)
+        route = Reroute.to(parts, layer, call, tokens, ids, columns=columns)
         plain = tail(parts, seen, seen.last_hidden.flatten(0, 1)[tokens].unsqueeze(1)).unsqueeze(1)
         truth, changes = brute_force(parts, layer, seen, inputs, route)
         tolerance = _tolerance(truth.dtype, capture)

@@ -9,18 +9,17 @@ probe.disagreement(tokens)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .agreement import disagreement, first_order_regret, losses, regret
-from .capture import Capture, ExpertCall, Recorder, anatomy
-from .certify import Certificate, certify, columns_of, counterfactual_logits, real_tokens
-from .replay import Reroute, consult, replaying, tail
+from .capture import Recorder, anatomy
+from .certify import Certificate, real_tokens
+from .counterfactual import Counterfactuals
 from .router import full_shares
 from .routing import MoELayer, RoutingRecord, UnsupportedMoEError, find_moe_layers, hard_routing
 from .routing_load import RoutingStatistics, routing_statistics
@@ -29,8 +28,6 @@ from .routing_load import RoutingStatistics, routing_statistics
 Layer = int | str | None
 Experts = Literal["selected", "all"] | int
 
-_CHUNK_ELEMENTS = 2**24  # logits, or hidden states of whole sequences, of one chunk of tokens
-
 
 class ExpertProbe:
     """Records each forward of a model and answers what its experts would have predicted. See [`probe_experts`].
@@ -38,20 +35,17 @@ class ExpertProbe:
     Every method takes `tokens`, flat indices `[n]` into the batch's B * S positions or a boolean mask `[B, S]`, and
     `layer`, the index or name of a probed layer, needed only where several are probed. All results carry gradients
     unless the forward or the call ran under `torch.no_grad()`. Logits exist for a chunk of tokens at a time; with
-    gradient, chunks but for a single one are computed again in the backward pass.
+    gradient, each of several chunks is computed again in the backward pass.
     """
 
     def __init__(self, recorder: Recorder) -> None:
         self.layers = recorder.layers
-        self._parts = recorder.parts
-        self._recorder = recorder
-        self._columns: dict[str, int] = {}
-        self._certificates: dict[tuple, Certificate] = {}
+        self._answers = Counterfactuals(recorder)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Forwards inside this context leave no record; the last one stays."""
-        with self._recorder.paused():
+        with self._answers.recorder.paused():
             yield
 
     # Routing
@@ -63,8 +57,8 @@ class ExpertProbe:
 
     def record_of(self, layer: Layer) -> RoutingRecord:
         """The routing of the last forward at one of several probed layers."""
-        capture, call = self._last(), self._call(layer)
-        return RoutingRecord(call.index, call.weights, capture.batch_shape)
+        call = self._answers.call(self._layer(layer))
+        return RoutingRecord(call.index, call.weights, self._answers.capture.batch_shape)
 
     def entropy(self, tokens: Tensor, *, layer: Layer = None) -> Tensor:
         """Entropy of the routing shares in nats: `[n]`."""
@@ -80,7 +74,7 @@ class ExpertProbe:
         Raises:
             UnsupportedMoEError: no scores of the layer explain the weights that the model used.
         """
-        chosen, capture = self._layer(layer), self._last()
+        chosen, capture = self._layer(layer), self._answers.capture
         scores = capture.scores.get(chosen.name, [])
         everywhere = full_shares(scores, self.record_of(layer), chosen.num_experts, real_tokens(capture))
         return everywhere[self._flat(tokens)]
@@ -94,27 +88,16 @@ class ExpertProbe:
 
     def certificate_of(self, layer: Layer) -> Certificate:
         """The certificate of one of several probed layers; computed once for each mode of the model."""
-        chosen, capture = self._layer(layer), self._last()
-        mode = (chosen.name, self._parts.outer.training, *map(str, capture.autocast.values()))
-        if mode not in self._certificates:
-            with self.paused():
-                self._certificates[mode] = certify(self._parts, chosen, capture, self._columns_of(chosen))
-            if self._certificates[mode].path == "delta":
-                self._recorder.replayed.discard(chosen.name)
-            else:
-                self._recorder.replayed.add(chosen.name)
-        return self._certificates[mode]
+        return self._answers.certificate(self._layer(layer))
 
     def expert_outputs(self, tokens: Tensor, *, experts: Experts = "selected", layer: Layer = None) -> Tensor:
         """E_k, what each expert alone puts out with weight one: `[n, k, H]`; `experts` as in `expert_logits`."""
-        chosen, flat = self._layer(layer), self._flat(tokens)
-        ids, columns = self._ids(flat, experts, layer), self._columns_of(chosen)
-        with self._replay():
-            return consult(chosen.module, self._call(layer), flat, ids, columns=columns)
+        flat = self._flat(tokens)
+        return self._answers.outputs(self._layer(layer), flat, self._ids(flat, experts, layer))
 
     def logits(self, tokens: Tensor) -> Tensor:
         """What the model itself predicted at the tokens, through its own head: `[n, V]` or `[n, num_labels]`."""
-        return self._logits(self._flat(tokens))
+        return self._answers.logits(self._flat(tokens))
 
     def expert_logits(self, tokens: Tensor, *, experts: Experts = "selected", layer: Layer = None) -> Tensor:
         """What the model would have predicted with each expert alone: `[n, k, V]` or `[n, k, num_labels]`.
@@ -129,7 +112,7 @@ class ExpertProbe:
         """
         flat = self._flat(tokens)
         ids = self._ids(flat, experts, layer)
-        return self._reduced(flat, ids, layer, lambda part, own, alone: alone)
+        return self._answers.reduced(self._layer(layer), flat, ids, lambda part, own, alone: alone)
 
     def disagreement(self, tokens: Tensor, *, layer: Layer = None) -> Tensor:
         """sum_k r_k ||p^(k) - p||^2 over the class probabilities (arXiv:2606.20544): `[n]`, between 0 and 2."""
@@ -139,7 +122,7 @@ class ExpertProbe:
         def reduce(part: slice, own: Tensor, alone: Tensor) -> Tensor:
             return disagreement(own, alone, record.shares[part])
 
-        return self._reduced(flat, record.expert_ids, layer, reduce)
+        return self._answers.reduced(self._layer(layer), flat, record.expert_ids, reduce)
 
     def regret(self, tokens: Tensor, labels: Tensor, *, layer: Layer = None) -> Tensor:
         """relu(l - min_k l^(k)) in nats, how much the best selected expert alone would have saved: `[n]`.
@@ -164,7 +147,7 @@ class ExpertProbe:
             both = disagreement(own, alone, record.shares[part]), regret(own, alone, labels[part])
             return torch.stack(both, -1)
 
-        disagreements, regrets = self._reduced(flat, record.expert_ids, layer, reduce).unbind(-1)
+        disagreements, regrets = self._answers.reduced(self._layer(layer), flat, record.expert_ids, reduce).unbind(-1)
         return disagreements, regrets
 
     def first_order_regret(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -177,7 +160,7 @@ class ExpertProbe:
         Raises:
             ValueError: the forward recorded no gradients.
         """
-        flat, capture = self._flat(tokens), self._last()
+        flat, capture = self._flat(tokens), self._answers.capture
         labels = self._labels(flat, labels)
         outputs = [capture.calls[layer.name].output for layer in self.layers]
         if not all(output.requires_grad for output in outputs):
@@ -186,7 +169,7 @@ class ExpertProbe:
                 "least one parameter up to the probed layers that requires a gradient."
             )
         with torch.enable_grad():
-            total = losses(self._logits(flat), labels).sum()
+            total = losses(self._answers.logits(flat), labels).sum()
         gradients = torch.autograd.grad(total, outputs, retain_graph=True)
         with torch.no_grad():
             return {
@@ -195,68 +178,15 @@ class ExpertProbe:
             }
 
     def _first_order(self, layer: MoELayer, flat: Tensor, gradient: Tensor) -> Tensor:
-        call, columns = self._call(layer.name), self._columns_of(layer)
-        with self._replay():
-            route = Reroute.to(layer.module, call, flat, call.index[flat], columns=columns)
+        route = self._answers.route(layer, flat, self._answers.call(layer).index[flat])
         return first_order_regret(gradient.reshape(-1, gradient.shape[-1])[flat], route.alone - route.together)
-
-    # How it is answered
-
-    def _reduced(
-        self, flat: Tensor, ids: Tensor, layer: Layer, reduce: Callable[[slice, Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        """Chunk by chunk `reduce` of the model's logits `[c, V]` and the experts' `[c, k, V]`."""
-        certificate = self.certificate_of(layer)
-        if certificate.path != "delta" and certificate.layer not in self._last().replayed:
-            raise ValueError("The model changed its mode after the last forward; run the forward again.")
-        size = max(1, _CHUNK_ELEMENTS // (ids.shape[1] * self._width(certificate)))
-        parts = [slice(start, start + size) for start in range(0, len(flat), size)]
-
-        def answer(part: slice) -> Tensor:
-            alone = self._expert_logits(flat[part], ids[part], layer, certificate)
-            return reduce(part, self._logits(flat[part]), alone)
-
-        if len(parts) == 1 or not torch.is_grad_enabled():
-            return torch.cat([answer(part) for part in parts])
-        return torch.cat([checkpoint(answer, part, use_reentrant=False) for part in parts])
-
-    def _width(self, certificate: Certificate) -> int:
-        config = self._parts.outer.config
-        head = self._parts.outer.get_output_embeddings()
-        width = config.num_labels if head is None else config.get_text_config().vocab_size
-        capture = self._last()
-        sequence = capture.last_hidden.shape[-1] * capture.batch_shape[1]
-        return max(width, sequence) if certificate.path == "prefix" else width
-
-    def _expert_logits(self, flat: Tensor, ids: Tensor, layer: Layer, certificate: Certificate) -> Tensor:
-        chosen = self._layer(layer)
-        columns = self._columns_of(chosen)
-        with self._replay():
-            route = Reroute.to(chosen.module, self._call(layer), flat, ids, columns=columns)
-            return counterfactual_logits(self._parts, self._last(), chosen, route, certificate)
-
-    def _logits(self, flat: Tensor) -> Tensor:
-        hidden = self._last().last_hidden.flatten(0, 1)[flat]
-        with self._replay():
-            return tail(self._parts, self._last(), hidden.unsqueeze(1))
-
-    @contextmanager
-    def _replay(self) -> Iterator[None]:
-        with self.paused(), replaying(self._parts, self._last().autocast):
-            yield
-
-    def _columns_of(self, layer: MoELayer) -> int:
-        if layer.name not in self._columns:
-            with self.paused():
-                self._columns[layer.name] = columns_of(self._parts, layer, self._last())
-        return self._columns[layer.name]
 
     # What was asked
 
     def _ids(self, flat: Tensor, experts: Experts, layer: Layer) -> Tensor:
         count = self._layer(layer).num_experts
         if experts == "selected":
-            return self._call(layer).index[flat]
+            return self._answers.call(self._layer(layer)).index[flat]
         if experts == "all":
             return torch.arange(count, device=flat.device).expand(len(flat), -1)
         if isinstance(experts, int) and 1 <= experts <= count:
@@ -273,28 +203,12 @@ class ExpertProbe:
             if len(self.layers) == 1:
                 return self.layers[0]
             raise ValueError(f"Several layers are probed; say layer= one of {[item.name for item in self.layers]}.")
+        if isinstance(layer, int) and -len(self.layers) <= layer < 0:
+            return self.layers[layer]
         return _pick(self.layers, layer, [item.index for item in self.layers])
 
-    def _last(self) -> Capture:
-        if self._recorder.capture is None:
-            raise ValueError(
-                "The probe has seen no forward: run the model inside `with probe_experts(model)`. Where it was "
-                "compiled, attach the probe before torch.compile, which ignores hooks that come later."
-            )
-        return self._recorder.capture
-
-    def _call(self, layer: int | str | None) -> ExpertCall:
-        chosen, capture = self._layer(layer), self._last()
-        if chosen.name not in capture.calls:
-            raise ValueError(
-                f"{chosen.name} did not run in the last forward, or its hook was ignored; attach the probe before "
-                "torch.compile."
-            )
-        return capture.calls[chosen.name]
-
     def _flat(self, tokens: Tensor) -> Tensor:
-        batch, length = self._last().batch_shape
-        device = self._last().last_hidden.device
+        batch, length = self._answers.capture.batch_shape
         if tokens.dtype == torch.bool:
             if tuple(tokens.shape) != (batch, length):
                 raise ValueError(
@@ -313,7 +227,7 @@ class ExpertProbe:
                 f"tokens lie in 0 to {batch * length - 1} (batch {batch} x length {length}); "
                 f"got {int(tokens.min())} to {int(tokens.max())}."
             )
-        return tokens.to(device)
+        return tokens.to(self._answers.capture.last_hidden.device)
 
 
 def _pick(layers: Sequence[MoELayer], wanted: int | str, indices: Sequence[int]) -> MoELayer:

@@ -62,6 +62,21 @@ def replaying(parts: Anatomy, autocast: dict[str, Any]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def unsharded(parts: Anatomy) -> Iterator[None]:
+    """Whole weights where FSDP2 shards them, for modules that a replay calls outside their unit's own forward."""
+    units = [module for module in parts.outer.modules() if hasattr(module, "unshard") and hasattr(module, "reshard")]
+    called = {*parts.experts, *parts.tops} if units else set()
+    units = [unit for unit in units if not called.isdisjoint(unit.modules())]
+    for unit in units:
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+
+
 def _accelerators(model: nn.Module) -> list[torch.device]:
     return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
 
@@ -125,13 +140,22 @@ def _real_token(outer: nn.Module) -> int:
     return 1 if outer.config.get_text_config().pad_token_id == 0 else 0
 
 
-def consult(experts: nn.Module, call: ExpertCall, tokens: Tensor, index: Tensor, *, columns: int = 1) -> Tensor:
+def run_experts(parts: Anatomy, layer: MoELayer, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The experts' weighted output `[T, H]`."""
+    with unsharded(parts):
+        return layer.module(hidden, index, weights).reshape(len(hidden), -1)
+
+
+def consult(
+    parts: Anatomy, layer: MoELayer, call: ExpertCall, tokens: Tensor, index: Tensor, *, columns: int
+) -> Tensor:
     """E_k of some tokens: `[n]` flat positions and `[n, k]` expert ids to `[n, k, H]`, in one call of the experts."""
     rows, k = index.shape
     hidden = call.hidden[tokens].repeat_interleave(k, dim=0)
     weights = call.weights.new_zeros(rows * k, columns)
     weights[:, 0] = 1
-    return experts(hidden, index.reshape(-1, 1).expand(-1, columns), weights).reshape(rows, k, -1)
+    outputs = run_experts(parts, layer, hidden, index.reshape(-1, 1).expand(-1, columns), weights)
+    return outputs.reshape(rows, k, -1)
 
 
 @dataclass(frozen=True)
@@ -149,18 +173,20 @@ class Reroute:
     together: Tensor
 
     @classmethod
-    def to(cls, experts: nn.Module, call: ExpertCall, tokens: Tensor, ids: Tensor, *, columns: int = 1) -> Reroute:
+    def to(
+        cls, parts: Anatomy, layer: MoELayer, call: ExpertCall, tokens: Tensor, ids: Tensor, *, columns: int
+    ) -> Reroute:
         """Reroutes the tokens to the experts `ids`, `[n, m]`.
 
         y is computed, never taken from the forward: some blocks add to the experts' output in place.
         """
         index, weights = call.index[tokens], call.weights[tokens]
-        outputs = consult(experts, call, tokens, ids, columns=columns)
+        outputs = consult(parts, layer, call, tokens, ids, columns=columns)
         scale = weights.unsqueeze(-1).to(outputs.dtype)
         if ids.shape == index.shape and torch.equal(ids, index):
             together = (scale * outputs).sum(1, keepdim=True)
         else:
-            together = experts(call.hidden[tokens], index, weights).reshape(len(tokens), 1, -1)
+            together = run_experts(parts, layer, call.hidden[tokens], index, weights).unsqueeze(1)
         return cls(tokens, scale.sum(1, keepdim=True) * outputs, together)
 
 
@@ -168,8 +194,9 @@ def delta_logits(parts: Anatomy, capture: Capture, route: Reroute, coefficient: 
     """Logits `[n, m, V]` through the final norm and the head alone."""
     norm, before = final_norm(parts, capture)
     hidden = before.flatten(0, 1)[route.tokens].unsqueeze(1) + coefficient * (route.alone - route.together)
-    logits = tail(parts, capture, norm(hidden.flatten(0, 1).unsqueeze(1)))
-    return logits.reshape(*route.alone.shape[:2], -1)
+    with unsharded(parts):
+        hidden = norm(hidden.flatten(0, 1).unsqueeze(1))
+    return tail(parts, capture, hidden).reshape(*route.alone.shape[:2], -1)
 
 
 def final_norm(parts: Anatomy, capture: Capture) -> tuple[nn.Module, Tensor]:
@@ -205,7 +232,7 @@ def prefix_logits(parts: Anatomy, capture: Capture, layer: MoELayer, route: Rero
     def select(value: Tensor) -> Tensor:
         return _at_rows(value, (batch, length), rows)
 
-    experts = select(layer.module(call.hidden, call.index, call.weights).reshape(call.hidden.shape))
+    experts = select(run_experts(parts, layer, call.hidden, call.index, call.weights))
     experts = experts.index_copy(0, place, route.alone.flatten(0, 1).to(experts.dtype)).unflatten(0, (-1, length))
     hidden = _replay(parts, capture, layer, take_rows(capture.inputs, batch, rows), select, experts)
     hidden = hidden.flatten(0, 1)[place].unsqueeze(1)
@@ -227,7 +254,7 @@ def _replay(
         stubs[sibling] = _giving([select_all(output, select) for output in outputs], sibling)
     flat = capture.calls[layer.name].output.dim() == 2
     stubs[layer.module] = _giving([experts.flatten(0, 1) if flat else experts], layer.module)
-    with patched(stubs):
+    with unsharded(parts), patched(stubs):
         return parts.base(**own_cache(fresh(inputs))).last_hidden_state
 
 

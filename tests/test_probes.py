@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -308,7 +309,7 @@ def test_chunks_of_tokens_give_the_same_and_bound_the_logits(monkeypatch: pytest
         model(**tiny_batch())
     everything = torch.arange(18)
     whole = probe.disagreement(everything), probe.regret(everything, everything)
-    monkeypatch.setattr("hf_moecal.probes._CHUNK_ELEMENTS", 4 * 2 * VOCABULARY)
+    monkeypatch.setattr("hf_moecal.counterfactual._CHUNK_ELEMENTS", 4 * 2 * VOCABULARY)
     rows: list[int] = []
     handle = model.lm_head.register_forward_hook(lambda module, args, output: rows.append(output[..., 0].numel()))
     parts = probe.disagreement(everything), probe.regret(everything, everything)
@@ -418,9 +419,11 @@ def test_chunks_with_gradient_are_computed_again(monkeypatch: pytest.MonkeyPatch
     with probe_experts(model) as probe:
         model(**tiny_batch())
         whole = gradients(model, value_of(probe.disagreement(TOKENS), probe.regret(TOKENS, LABELS)))
-        monkeypatch.setattr("hf_moecal.probes._CHUNK_ELEMENTS", 2 * VOCABULARY)
+        monkeypatch.setattr("hf_moecal.counterfactual._CHUNK_ELEMENTS", 2 * VOCABULARY)
         model(**tiny_batch())
-        parts = gradients(model, value_of(probe.disagreement(TOKENS), probe.regret(TOKENS, LABELS)))
+        value = value_of(probe.disagreement(TOKENS), probe.regret(TOKENS, LABELS))
+        model(**tiny_batch(seed=5))  # a later forward does not change what is computed again
+        parts = gradients(model, value)
     assert_same_gradients(parts, whole, tolerance=5e-6)
 
 
@@ -546,3 +549,28 @@ def test_statistics_equal_a_plain_loop() -> None:
     for bad, message in [([], "empty"), ([{"text": "x"}], "reads input_ids")]:
         with pytest.raises(ValueError, match=message):
             routing_statistics(model, bad)
+
+
+def test_weights_that_fsdp_shards(tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        mesh, inputs = init_device_mesh("cpu", (1,)), {**tiny_batch(), "use_cache": False}
+        for model_type, index in [("mixtral", -1), ("flex_olmo", -1), ("qwen3_moe", 0)]:
+            model = tiny_model(model_type, experts="eager").train()
+            with torch.no_grad(), probe_experts(model, index) as probe:
+                model(**inputs)
+                truth = probe.disagreement_and_regret(TOKENS, LABELS)
+            for block in model.model.layers:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            with probe_experts(model, index) as probe:
+                loss = model(**inputs, labels=inputs["input_ids"]).loss
+                with torch.no_grad():
+                    torch.testing.assert_close(probe.disagreement_and_regret(TOKENS, LABELS), truth)
+                loss.backward()
+    finally:
+        dist.destroy_process_group()
