@@ -1,4 +1,4 @@
-"""`moecal`: train, predict, evaluate, calibrate, report, monitor and push from the command line.
+"""`moecal`: train, predict, evaluate, calibrate, report, monitor and publish from the command line.
 
 `moecal COMMAND --help` tells each command's options. Bad input ends with one sentence and exit code 2.
 """
@@ -8,18 +8,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Options = argparse.Namespace
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code (0 fine, 1 an alarm of `monitor`, 2 bad input)."""
+    """Runs one command; returns the exit code: 0 fine, 1 drift (`monitor`), 2 bad input."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "train":
         parser.error(f"unknown arguments: {' '.join(rest)}; see moecal {options.command} --help")
+    options.overrides = rest
     try:
-        return options.run(options, rest) or 0
-    except ValueError as error:
+        return options.run(options) or 0
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error).__name__ != "PublishError":
+            raise  # not bad input: the traceback is what helps
         print(f"moecal {options.command}: {error}", file=sys.stderr)
         return 2
 
@@ -30,69 +41,202 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="fine-tune as a recipe says; any field can be overridden: --eta 1.0")
+    def command(name: str, run: Callable[[Options], int | None], about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=about, description=about)
+        added.set_defaults(run=run)
+        return added
+
+    train = command("train", _train, "Fine-tune as a recipe says; any field can be overridden, as in --eta 1.0.")
     train.add_argument("--config", required=True, help="recipe, a YAML file")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
-    train.set_defaults(run=_train)
 
-    predict = commands.add_parser("predict", help="model + data -> predictions table")
+    predict = command("predict", _predict, "Write the predictions table of a model on the sets of a recipe.")
     predict.add_argument("--model", required=True, help="Hub id or folder")
-    predict.add_argument("--config", required=True, help="recipe whose `groups` (or --sets) are predicted")
-    predict.add_argument("--sets", nargs="+", help="names: groups of the recipe, or validation")
+    predict.add_argument("--config", required=True, help="recipe that names the sets")
+    predict.add_argument("--sets", nargs="+", help="groups of the recipe, train or validation (default: all groups)")
     predict.add_argument("--output", required=True, help="Parquet file to write")
     predict.add_argument("--batch-size", type=int, default=32)
-    predict.set_defaults(run=_predict)
 
-    evaluate = commands.add_parser("evaluate", help="calibration figures of a predictions table, per group")
+    evaluate = command("evaluate", _evaluate, "Print the calibration figures of a predictions table, per group.")
     evaluate.add_argument("table", nargs="?", help="predictions table: .parquet, .jsonl or .csv")
-    evaluate.add_argument("--lm-eval-samples", help="a --log_samples file of lm-evaluation-harness instead")
+    evaluate.add_argument("--lm-eval-samples", metavar="FILE", help="a --log_samples file of lm-evaluation-harness")
     evaluate.add_argument("--group", default="group", help="column that names the group (default: group)")
     evaluate.add_argument("--bins", type=int, default=15)
-    evaluate.add_argument("--json", action="store_true", help="print JSON")
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument("--json", action="store_true", help="print every figure as JSON")
+
+    calibrate = command("calibrate", _calibrate, "Fit a post-hoc calibration and write calibration.json.")
+    calibrate.add_argument("table", help="predictions on labelled data that the model was not trained on")
+    calibrate.add_argument("--model", required=True, help="folder of the checkpoint")
+    calibrate.add_argument("--method", default="auto", help="auto (cross-validated choice) or a method's name")
+    calibrate.add_argument("--data-name", help="name of the data, for the record")
+
+    bake = command("bake", _bake, "Copy a checkpoint with its temperature inside the weights, for any runtime.")
+    bake.add_argument("--model", required=True, help="folder with calibration.json")
+    bake.add_argument("--output", required=True, help="folder to write")
+
+    report = command("report", _report, "Write an HTML and Markdown report with reliability diagrams.")
+    report.add_argument("tables", nargs="+", metavar="NAME=TABLE", help="method and its predictions table")
+    report.add_argument("--output", required=True, help="folder to write")
+    report.add_argument("--title", default="Calibration report")
+    report.add_argument("--hard", help="boolean column that marks the hard subset")
+
+    _add_monitor(command("monitor", _monitor, "Compare a log with a reference; exit code 1 on drift."))
+
+    probe = command("probe", _probe, "Show the routing of a text and what each expert alone would predict.")
+    probe.add_argument("--model", required=True, help="Hub id or folder")
+    probe.add_argument("--text", required=True)
+    probe.add_argument("--label", type=int, help="the true class, for the regret of a classifier")
+    probe.add_argument("--json", action="store_true", help="print JSON")
+
+    push = command("push", _push, "Publish a checkpoint with its calibration, diagrams and model card.")
+    push.add_argument("--model", required=True, help="folder of the checkpoint")
+    push.add_argument("--repo-id", required=True, help="ORG/NAME")
+    push.add_argument("--table", help="predictions table whose figures go into the card, per group")
+    push.add_argument("--private", action="store_true", default=None)
+    push.add_argument("--revision", help="branch")
     return parser
 
 
-def _train(options: argparse.Namespace, rest: list[str]) -> None:
+def _add_monitor(monitor: argparse.ArgumentParser) -> None:
+    monitor.add_argument("--reference", required=True, help="predictions table of a time when all was well")
+    monitor.add_argument("--current", required=True, help="log: a file, a folder that grows, or - for JSON lines")
+    monitor.add_argument("--window", type=int, help="sequences per window (default: the whole log)")
+    monitor.add_argument("--features", nargs="*", default=(), help="further columns to watch")
+    monitor.add_argument("--sequence", help="column that names the sequence, where a row is a token")
+    monitor.add_argument("--alpha", type=float, default=0.01, help="chance of a false alarm per window")
+    monitor.add_argument("--minimum-effect", type=float, default=0.1, help="least difference that counts as drift")
+    monitor.add_argument("--labels", help="table with id and label, once labels are known")
+    monitor.add_argument("--output", help="folder for windows.jsonl, rejected.jsonl and metrics.prom")
+    monitor.add_argument("--state", help="file from which a later call goes on")
+    monitor.add_argument("--follow", type=float, metavar="SECONDS", help="keep looking, this often")
+    monitor.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _train(options: Options) -> None:
     from .recipe import load_recipe
     from .runs import train_recipe
 
-    train_recipe(load_recipe(options.config), overrides=rest, resume=options.resume)
+    train_recipe(load_recipe(options.config), overrides=options.overrides, resume=options.resume)
 
 
-def _predict(options: argparse.Namespace, rest: list[str]) -> None:
+def _predict(options: Options) -> None:
     from .recipe import load_recipe
     from .runs import predict_recipe
 
     recipe = load_recipe(options.config)
     table = predict_recipe(recipe, model=options.model, sets=options.sets, batch_size=options.batch_size)
     table.to_parquet(options.output)
-    print(f"{len(table)} rows, {len(table.column_names)} columns -> {options.output}")
+    print(f"{len(table):,} rows, {len(table.column_names)} columns: {options.output}")
 
 
-def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
+def _evaluate(options: Options) -> None:
     from .metrics import table_report
     from .report import collect, format_table
     from .table import read_table
 
     if (options.table is None) == (options.lm_eval_samples is None):
-        raise ValueError("Give either a predictions table or --lm-eval-samples FILE.")
-    if options.table is not None:
-        table = read_table(options.table)
-    else:
+        raise ValueError("give either a predictions table or --lm-eval-samples FILE.")
+    if options.lm_eval_samples is not None:
         from .lm_eval import read_lm_eval_samples
 
         table = read_lm_eval_samples(options.lm_eval_samples)
+    else:
+        table = read_table(options.table)
+    table = _grouped_by(table, options.group)
     if options.json:
-        groups = options.group if options.group in table.column_names else None
-        print(json.dumps(table_report(table, groups=groups, bins=options.bins), indent=1))
-        return
-    if options.group != "group":
-        if options.group not in table.column_names:
-            raise ValueError(f"The table has no column {options.group!r}; it has {table.column_names}.")
-        table = table.remove_columns("group") if "group" in table.column_names else table
-        table = table.rename_column(options.group, "group")
-    print(format_table(collect({"": table}, title="", bins=options.bins)))
+        print(json.dumps(table_report(table, bins=options.bins), indent=1))
+    else:
+        print(format_table(collect({"": table}, title="", bins=options.bins)))
+
+
+def _grouped_by(table: Dataset, column: str) -> Dataset:
+    """The table with the named column as its `group`."""
+    if column == "group":
+        return table if "group" in table.column_names else table.add_column("group", ["all"] * len(table))
+    if column not in table.column_names:
+        raise ValueError(f"the table has no column {column!r}; it has {table.column_names}.")
+    kept = table.remove_columns("group") if "group" in table.column_names else table
+    return kept.rename_column(column, "group")
+
+
+def _calibrate(options: Options) -> None:
+    from .hub import calibrate
+    from .table import read_table
+
+    data = {"name": options.data_name or Path(options.table).name}
+    result = calibrate(options.model, read_table(options.table), method=options.method, data=data)
+    print("\n".join(result.lines()))
+
+
+def _bake(options: Options) -> None:
+    from .bake import bake
+
+    print(f"calibrated checkpoint: {bake(options.model, output_dir=options.output)}")
+
+
+def _report(options: Options) -> None:
+    from .report import write_report
+    from .table import read_table
+
+    pairs = [item.partition("=") for item in options.tables]
+    wrong = [name for name, sign, path in pairs if not sign or not path]
+    if wrong:
+        raise ValueError(f"tables are given as NAME=FILE, as in ERM=erm.parquet; got {wrong[0]!r}.")
+    tables = {name: read_table(path) for name, _, path in pairs}
+    print(f"report: {write_report(tables, options.output, title=options.title, hard=options.hard)}")
+
+
+def _monitor(options: Options) -> int:
+    from .monitor import monitor
+
+    result = monitor(
+        options.reference,
+        options.current,
+        window=options.window,
+        features=options.features,
+        sequence=options.sequence,
+        alpha=options.alpha,
+        minimum_effect=options.minimum_effect,
+        labels=options.labels,
+        output_dir=options.output,
+        state=options.state,
+        follow=options.follow,
+        on_window=None if options.json else print,
+    )
+    if options.json:
+        print(json.dumps(result.to_dict(), indent=1))
+    return result.exit_code
+
+
+def _probe(options: Options) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    from .inspection import format_probe, probe_text
+
+    architectures = AutoConfig.from_pretrained(options.model).architectures or [""]
+    classifier = "ForSequenceClassification" in architectures[0]
+    kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    model, tokenizer = kind.from_pretrained(options.model), AutoTokenizer.from_pretrained(options.model)
+    found = probe_text(model, tokenizer, options.text, label=options.label)
+    print(json.dumps(found, indent=1) if options.json else format_probe(found))
+
+
+def _push(options: Options) -> None:
+    from .hub import push
+    from .metrics import table_report
+    from .table import read_table
+
+    evaluation = None
+    if options.table is not None:
+        evaluation = table_report(_grouped_by(read_table(options.table), "group"))["groups"]
+    url = push(
+        options.model,
+        repo_id=options.repo_id,
+        evaluation=evaluation,
+        private=options.private,
+        revision=options.revision,
+    )
+    print(url)
 
 
 if __name__ == "__main__":

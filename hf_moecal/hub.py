@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_moecal.calibration import CalibrationRecord, Calibrator, from_record, read_record, write_record
+from hf_moecal.calibration.base import TABLE_CALIBRATOR
 from hf_moecal.calibration.record import FILE_NAME, MAX_BYTES
 from hf_moecal.calibration.selection import AUTO, CalibrationResult, calibrate_table
 from hf_moecal.calibration.temperature import IdentityCalibrator, TemperatureCalibrator
@@ -18,7 +19,6 @@ from hf_moecal.publish import PublishError, push
 
 __all__ = [
     "PublishError",
-    "TABLE_CALIBRATOR",
     "attach_calibrator",
     "calibrate",
     "from_pretrained",
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from hf_moecal.calibration.base import Table
 
-TABLE_CALIBRATOR = "moecal_table_calibrator"
+
 """Attribute of a model whose calibration needs more than logits: a calibrator for its predictions table."""
 
 _STATED_VERSIONS = ("hf_moecal", "transformers", "torch", "numpy", "scikit-learn")

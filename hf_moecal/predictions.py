@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .calibration.base import TABLE_CALIBRATOR
 from .objectives import check_labels
 from .prefix_cache import PrefixCache
 from .probes import ExpertProbe, disagreement, probe_experts, regret
@@ -80,6 +81,8 @@ def predict(
 
     tokens = _tokenized(dataset, processing_class, text_column, max_length)
     labels = _labels(dataset)
+    if prefix is not None:
+        prefix.fill(tokens, progress=progress)
     order = sorted(range(len(tokens)), key=lambda row: -len(tokens[row]))
     rows: list[dict[str, Any] | None] = [None] * len(tokens)
     training = model.training
@@ -102,7 +105,9 @@ def predict(
                 bar.update(len(chosen))
     finally:
         model.train(training)
-    return Dataset.from_dict(_assemble(dataset, rows, group, text_column, drop=_INPUTS))
+    table = Dataset.from_dict(_assemble(dataset, rows, group))
+    calibrator = getattr(model, TABLE_CALIBRATOR, None)  # a method that needs the routing, carried by the checkpoint
+    return table if calibrator is None else calibrator.apply(table)
 
 
 def _predict_batch(
@@ -143,6 +148,7 @@ def _routing(probe: ExpertProbe, tokens: Tensor, logits: Tensor, labels: Tensor)
     return {
         "routing_entropy": record.entropy,
         "routing_margin": record.margin,
+        "expert_logits": expert_logits,
         "disagreement": disagreement(logits, expert_logits, record.shares),
         "regret": regrets,
         "expert_ids": record.expert_ids,
@@ -150,11 +156,9 @@ def _routing(probe: ExpertProbe, tokens: Tensor, logits: Tensor, labels: Tensor)
     }
 
 
-def _assemble(
-    dataset: Dataset, rows: list[dict[str, Any]], group: str | None, text_column: str, *, drop: tuple[str, ...]
-) -> dict[str, list]:
+def _assemble(dataset: Dataset, rows: list[dict[str, Any]], group: str | None) -> dict[str, list]:
     made = {name: [row[name] for row in rows] for name in rows[0]}
-    kept = {name: dataset[name][:] for name in dataset.column_names if name not in (*made, *drop, "labels")}
+    kept = {name: dataset[name][:] for name in dataset.column_names if name not in (*made, *_INPUTS, "labels")}
     kept.setdefault("id", list(range(len(rows))))
     if group is not None:
         kept["group"] = [group] * len(rows)

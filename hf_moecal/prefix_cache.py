@@ -12,7 +12,7 @@ import copy
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from tqdm.auto import tqdm
 
 from .freezing import last_moe_site
 from .replay import patched
@@ -94,6 +95,7 @@ class PrefixCache:
         self._block_dtype = next(self._site.block.parameters()).dtype
         self._dtype = self._block_dtype if dtype is None else _dtype(dtype)
         self._identity = {"weights": fingerprint(frozen, model.config), "dtype": str(self._dtype)}
+        self._pad = model.config.get_text_config().pad_token_id
         self._layout: dict[str, tuple[Any, list[torch.Size]]] = {}
         self._found: dict[str, Any] | None = None
         self._verified = False
@@ -130,7 +132,7 @@ class PrefixCache:
             ValueError: the hidden states depend on more than ids and mask, or the model cannot be replayed.
         """
         ids, mask = _tokens(inputs)
-        positions = pooled_positions(ids, self._model.config.get_text_config().pad_token_id)
+        positions = pooled_positions(ids, self._pad)
         pooled = ids.gather(1, positions[:, None])
         short = {**inputs, "input_ids": pooled, "attention_mask": torch.ones_like(pooled)}
         with torch.no_grad(), torch.random.fork_rng():
@@ -141,6 +143,30 @@ class PrefixCache:
         self.replayed += len(ids)
         with self._giving(found):
             yield short
+
+    def fill(self, sequences: Iterable[Sequence[int]], *, batch_tokens: int = 2048, progress: bool = True) -> None:
+        """Computes what is not stored yet, in batches of similar length; a later epoch then never waits for it.
+
+        Args:
+            sequences (`Iterable[Sequence[int]]`): token ids without padding.
+            batch_tokens (`int`, *optional*, defaults to 2048): tokens per forward.
+            progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
+        """
+        self._store.refresh()
+        waiting = {_key(ids, torch.ones_like(ids)): ids for ids in map(torch.tensor, sequences)}
+        waiting = sorted((ids for key, ids in waiting.items() if key not in self._store), key=len)
+        device = next(self._model.parameters()).device
+        with tqdm(total=len(waiting), desc="frozen layers", unit="seq", disable=not progress, delay=1) as bar:
+            while waiting:
+                count = max(1, batch_tokens // len(waiting[-1]))
+                batch, waiting = waiting[-count:], waiting[:-count]
+                ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=self._pad)
+                lengths = torch.tensor([len(row) for row in batch])
+                mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+                with torch.no_grad():
+                    self._vectors(ids.to(device), mask.to(device), (lengths - 1).to(device))
+                bar.update(len(batch))
+        self._store.flush()
 
     @contextmanager
     def _giving(self, found: dict[str, Any]) -> Iterator[None]:

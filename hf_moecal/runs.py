@@ -85,6 +85,7 @@ def train_recipe(recipe: Recipe, *, overrides: Sequence[str] = (), resume: bool 
     trainer.accelerator.print(trainer.trains)
     trainer.train(resume_from_checkpoint=_last_checkpoint(arguments) if resume else None)
     trainer.save_model()
+    trainer.save_training_record()
     return trainer
 
 
@@ -143,7 +144,7 @@ def _encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
     def encode(batch: dict[str, list]) -> dict[str, list]:
         return tokenizer(batch[recipe.text], truncation=recipe.max_length is not None, max_length=recipe.max_length)
 
-    kept = dataset.select_columns([recipe.text, "label"])
+    kept = dataset.select_columns([recipe.text, "label", *({"id"} & set(dataset.column_names))])
     return kept.map(encode, batched=True, remove_columns=[recipe.text], desc="tokenize")
 
 

@@ -18,6 +18,7 @@ One row per example. A producer fills the columns that it has; a consumer asks f
 | `regret` | float | relu(l - min_k l^(k)), in nats |
 | `expert_ids` | int [k] | selected experts, in the router's order |
 | `expert_weights` | float [k] | their routing weights w_k |
+| `expert_logits` | float [k, C] | what each would have predicted alone |
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ COLUMNS = (
     "regret",
     "expert_ids",
     "expert_weights",
+    "expert_logits",
 )
 IGNORED_LABEL = -100
 FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from .checkpoint_files import write_training_record
 from .checkpoints import restore_weights
 from .freezing import set_trainable
 from .metrics import calibration_metrics
@@ -56,6 +58,8 @@ class MoECalMixin:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as `Trainer.train` does, with the expert probe and the frozen-prefix cache in place."""
         with self._instrumented():
+            if self._prefix is not None and "input_ids" in getattr(self.train_dataset, "column_names", ()):
+                self._prefix.fill(self.train_dataset["input_ids"], progress=not self.args.disable_tqdm)
             return super().train(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -97,6 +101,52 @@ class MoECalMixin:
             logs = {**logs, **_average(self._summaries)}
             self._summaries = []
         super().log(logs, *args, **kwargs)
+
+    def push_to_hub(self, commit_message: str = "Publish the model with its calibration", **kwargs: Any) -> str | None:
+        """Publishes the model with its calibration and a card that states it; see [`hf_moecal.hub.push`].
+
+        Args:
+            commit_message (`str`): of the one commit.
+            kwargs: `revision` and `token`, and what `Trainer.create_model_card` takes.
+
+        Returns:
+            `str`: address of the repository, on the main process.
+        """
+        from .hub import push
+
+        revision, token = kwargs.pop("revision", None), kwargs.pop("token", None) or self.args.hub_token
+        kwargs.pop("blocking", None)  # one commit is over when the call is
+        self.save_model()
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self.save_training_record()
+        return push(
+            self.args.output_dir,
+            repo_id=self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+            private=self.args.hub_private_repo,
+            revision=revision or self.args.hub_revision,
+            token=token,
+            commit_message=commit_message,
+        )
+
+    def save_training_record(self) -> None:
+        """Writes beside the weights how they were trained, and hashes of the training rows' text ids.
+
+        [`hf_moecal.hub.calibrate`] then refuses to fit a calibration on rows that the model has seen.
+        """
+        if self.is_world_process_zero():
+            write_training_record(self.args.output_dir, settings=self._settings(), ids=self._training_ids())
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("objective", "eta", "detach_weights", "robust_warmup_ratio", "train", "seed", "num_train_epochs")
+        base = getattr(self.model.config, "_name_or_path", None)
+        return {name: getattr(self.args, name) for name in names} | ({"base_model": base} if base else {})
+
+    def _training_ids(self) -> list[str]:
+        if "id" not in (getattr(self.train_dataset, "column_names", None) or ()):
+            return []
+        return [key for key in self.train_dataset["id"] if isinstance(key, str)]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     Table = Dataset | Mapping[str, Any]
 
+TABLE_CALIBRATOR = "moecal_table_calibrator"
+"""Attribute under which a loaded model carries a calibrator that needs the routing: `predict` applies it."""
+
 _SMALLEST = np.finfo(np.float32).tiny  # a probability of zero in a float32 log is at most this
 
 
