@@ -114,7 +114,7 @@ def _markdown(
     for (name, subset), rows in sections(metrics["rows"]):
         lines += [f"## {heading(name, subset)}", ""]
         lines += ["| method | " + " | ".join(HEADINGS.values()) + " |", "|---|" + "---:|" * len(HEADINGS)]
-        lines += [f"| {row['method']} | " + " | ".join(cells(row, rows, "**")) + " |" for row in rows]
+        lines += [f"| {_cell(row['method'])} | " + " | ".join(cells(row, rows, "**")) + " |" for row in rows]
         if (name, subset) in pictures:
             methods = ", ".join(row["method"] for row in rows)
             lines += ["", f"![Reliability diagrams on {heading(name, subset)}: {methods}]({pictures[name, subset]})"]
@@ -154,10 +154,15 @@ def _routing_markdown(routing: Mapping[str, Any], configuration: Mapping[str, st
             ]
             lines += ["|---|" + "---:|" * experts]
             lines += [
-                f"| {name} | " + " | ".join(f"{share:.2f}" for share in row) + " |" for name, row in load.items()
+                f"| {_cell(name)} | " + " | ".join(f"{share:.2f}" for share in row) + " |"
+                for name, row in load.items()
             ]
             lines.append("")
     return lines
+
+
+def _cell(name: str) -> str:
+    return name.replace("|", "\\|")
 
 
 def _write(path: Path, text: str) -> Path:

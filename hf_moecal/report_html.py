@@ -39,7 +39,7 @@ p, li { max-width: 46rem; } .note { color: var(--muted); font-size: .875rem; }
 th, td { padding: .3rem .65rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 th { font-weight: 600; } th:first-child, td:first-child, .text { text-align: left; }
-td.text { white-space: normal; min-width: 15rem; overflow-wrap: anywhere; }
+td.long { text-align: left; white-space: normal; min-width: 20rem; overflow-wrap: anywhere; }
 tbody th { padding-top: 1rem; } .best { background: var(--best); font-weight: 600; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); gap: 1rem; }
 .wide { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1rem; }
@@ -115,11 +115,10 @@ def svg(figure: Figure, label: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(
-        r' id="(?:figure|axes|patch|text|line2d|matplotlib|xtick|ytick|legend|[A-Z]\w*Collection)[\w.]*"', "", text
-    )
+    names = "figure|axes|patch|text|line2d|matplotlib|xtick|ytick|legend|[A-Z][A-Za-z]*Collection|QuadMesh"
+    text = re.sub(rf'\sid="(?:{names})[\w.]*"', "", text)  # the same in every figure; nothing refers to them
     for color, variable in _VARIABLES.items():
-        text = text.replace(color, f"var({variable})")
+        text = text.replace(color.lower(), f"var({variable})")
     size = re.search(r'viewBox="([^"]+)"', text)
     opened = f'<svg viewBox="{size.group(1) if size else ""}" role="img" aria-label="{escape(label)}"'
     opened += ' xmlns:xlink="http://www.w3.org/1999/xlink">'
@@ -148,14 +147,14 @@ def _configuration(routing: Mapping[str, Any]) -> list[str]:
     drawn = {feature: methods for feature, methods in routing["configuration"].items() if methods}
     if not drawn:
         return []
-    pictures = [
-        f"<figure>{svg(figures.configuration_figure(methods, label=CONFIGURATION[feature]), f'Gap by {feature}')}</figure>"
-        for feature, methods in drawn.items()
-    ]
+    pictures = []
+    for feature, methods in drawn.items():
+        figure = figures.configuration_figure(methods, label=CONFIGURATION[feature])
+        pictures.append(f"<figure>{svg(figure, f'Confidence minus accuracy by {CONFIGURATION[feature]}')}</figure>")
     return [
         "<h2>Calibration by routing configuration</h2>",
-        "<p>Confidence minus accuracy of five equally large parts of all examples. A flat line at zero is what a shift of "
-        "the routing cannot break; a slope means that more fragile configurations change the calibration.</p>",
+        "<p>Confidence minus accuracy of five equally large parts of all examples. A flat line at zero is what a "
+        "shift of the routing cannot break; a slope means that more fragile configurations change the calibration.</p>",
         f'<div class="wide">{"".join(pictures)}</div>',
     ]
 
@@ -213,5 +212,5 @@ def _fragile_cell(name: str, value: Any) -> str:
     else:
         text = f"{value:.3f}" if isinstance(value, float) else str(value)
     if name == "text":
-        return f'<td class="text">{escape(text if len(text) <= 240 else text[:239] + "…")}</td>'
+        return f'<td class="long">{escape(text if len(text) <= 240 else text[:239] + "…")}</td>'
     return f"<td{' class=text' if name in ('id', 'group') else ''}>{escape(text)}</td>"
