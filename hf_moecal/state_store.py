@@ -56,6 +56,8 @@ class StateStore:
         if record is None:
             return None
         size = int(np.prod(record.shape)) * self._dtype.itemsize
+        if size == 0:
+            return torch.empty(record.shape, dtype=self._dtype)
         data = self._mapped(record.states, record.offset + size)[record.offset : record.offset + size]
         if len(data) < size or zlib.crc32(data) != record.checksum:
             del self._records[key]
@@ -98,7 +100,7 @@ class StateStore:
             states = index.with_name(index.name.replace("index-", "states-").replace(".jsonl", ".bin"))
             for line in whole.splitlines()[1 if start == 0 else 0 :]:
                 key, offset, shape, checksum = json.loads(line)
-                self._records.setdefault(key, _Record(states, offset, tuple(shape), checksum))
+                self._records[key] = _Record(states, offset, tuple(shape), checksum)  # the newest, if one was damaged
 
     def _drop_strangers(self) -> None:
         for index in self._folder.glob("index-*.jsonl"):

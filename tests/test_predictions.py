@@ -1,0 +1,101 @@
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import MixtralConfig, MixtralForSequenceClassification
+
+from hf_moecal import TemperatureCalibrator, predict
+from hf_moecal.freezing import set_trainable
+from hf_moecal.hub import attach_calibrator
+from hf_moecal.prefix_cache import PrefixCache
+from hf_moecal.table import COLUMNS
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_labels=3, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    return MixtralForSequenceClassification(config)
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(1, 40, (3 + i % 7,), generator=generator).tolist() for i in range(23)]
+    labels = [i % 3 if i % 5 else -100 for i in range(23)]
+    return Dataset.from_dict({"input_ids": ids, "label": labels, "agreement": [i / 23 for i in range(23)]})
+
+
+def test_equals_one_example_at_a_time(model, data):
+    training = model.training
+    table = predict(model, data, group="movie", batch_size=4, progress=False)
+    assert model.training == training
+    assert set(table.column_names) == {*COLUMNS, "agreement"}
+    assert table["id"][:] == list(range(23)) and set(table["group"]) == {"movie"}
+    for row, example in zip(table, data, strict=True):
+        with torch.no_grad():
+            logits = model.eval()(input_ids=torch.tensor([example["input_ids"]])).logits[0]
+        assert row["logits"] == pytest.approx(logits.tolist(), abs=1e-5)
+        assert row["probs"] == pytest.approx(logits.softmax(-1).tolist(), abs=1e-6)
+        assert row["prediction"] == int(logits.argmax()) and row["confidence"] == pytest.approx(max(row["probs"]))
+        shares = [w / sum(row["expert_weights"]) for w in row["expert_weights"]]
+        assert row["routing_entropy"] == pytest.approx(-sum(r * math.log(r) for r in shares), abs=1e-5)
+        alone = torch.tensor(row["expert_logits"]).softmax(-1)
+        spread = sum(
+            r * (q - torch.tensor(row["probs"])).square().sum().item() for r, q in zip(shares, alone, strict=True)
+        )
+        assert row["disagreement"] == pytest.approx(spread, abs=1e-5)
+        if example["label"] == -100:
+            assert math.isnan(row["regret"])
+        else:
+            best = -math.log(max(q[example["label"]].item() for q in alone))
+            assert row["regret"] == pytest.approx(max(0.0, -math.log(row["probs"][example["label"]]) - best), abs=1e-5)
+
+
+def test_the_prefix_cache_changes_no_prediction(model, data, tmp_path):
+    plain = predict(model, data, progress=False)
+    requires = [p.requires_grad for p in model.parameters()]
+    set_trainable(model, "last_moe_layer")
+    for run in range(2):  # the second run reads from disk
+        with PrefixCache(model, tmp_path) as prefix:
+            cached = predict(model, data, prefix=prefix, progress=False)
+            assert prefix.computed == (23 if run == 0 else 0)
+        for name in ("logits", "disagreement", "routing_entropy"):
+            torch.testing.assert_close(
+                torch.tensor(cached[name][:]), torch.tensor(plain[name][:]), rtol=1e-4, atol=1e-5
+            )
+        assert cached["expert_ids"][:] == plain["expert_ids"][:]
+    for parameter, before in zip(model.parameters(), requires, strict=True):
+        parameter.requires_grad_(before)
+
+
+def test_a_calibration_that_needs_the_table_is_applied(model, data):
+    class ReadsRouting(TemperatureCalibrator):
+        reads = ("routing_entropy",)
+
+    table = predict(model, data, progress=False)
+    calibrator = ReadsRouting().fit(table)
+    try:
+        attach_calibrator(model, calibrator)
+        calibrated = predict(model, data, progress=False)
+    finally:
+        del model.moecal_table_calibrator
+    expected = (torch.tensor(table["logits"][:]).double() / calibrator.temperature).softmax(-1)
+    torch.testing.assert_close(torch.tensor(calibrated["probs"][:]).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_bad_input_is_named(model):
+    text = Dataset.from_dict({"sentence": ["a"]})
+    for dataset, message, kwargs in [
+        (Dataset.from_dict({"input_ids": []}), "The dataset is empty", {}),
+        (text, r"neither `input_ids` nor a column 'text', only \['sentence'\]", {}),
+        (text, "Text needs a tokenizer", {"text_column": "sentence"}),
+        (Dataset.from_dict({"input_ids": [[1]], "label": ["good"]}), "must hold integer classes, found 'good'", {}),
+        (Dataset.from_dict({"input_ids": [[1]], "label": [3]}), "Label 3 is out of range for 3 classes", {}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            predict(model, dataset, progress=False, **kwargs)
