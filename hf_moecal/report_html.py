@@ -154,7 +154,7 @@ def _configuration(routing: Mapping[str, Any]) -> list[str]:
     return [
         "<h2>Calibration by routing configuration</h2>",
         "<p>Confidence minus accuracy of five equally large parts of all examples. A flat line at zero is what a "
-        "shift of the routing cannot break; a slope means that more fragile configurations change the calibration.</p>",
+        "shift of the routing cannot break; a slope means that more fragile inputs change the calibration.</p>",
         f'<div class="wide">{"".join(pictures)}</div>',
     ]
 
