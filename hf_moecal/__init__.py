@@ -25,6 +25,7 @@ _PUBLIC = {
     "predictions": ("predict",),
     "metrics": ("calibration_metrics", "metric_path"),
     "calibration": ("TemperatureCalibrator",),
+    "callback": ("MoECalCallback",),
     "hub": ("from_pretrained", "load_calibration"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -465,3 +465,20 @@ def test_a_configuration_never_seen_is_reported():
     current = make_log(100)
     current["confidence"] = [0.1] * 25 + [0.9] * 75
     assert monitor(reference, current).windows[0].estimate["uncovered"] == pytest.approx(0.25)
+
+
+def test_following_a_log_until_interrupted(tmp_path):
+    log = write_jsonl(tmp_path / "log.jsonl", rows_of(make_log(100)))
+
+    def grow(window):
+        if window.index == 1:
+            raise KeyboardInterrupt
+        with log.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows_of(make_log(100, seed=1)))
+
+    settings = {"window": 100, "state": tmp_path / "state", "output_dir": tmp_path}
+    result = monitor(REFERENCE, log, follow=0.01, on_window=grow, **settings)
+    assert [window.index for window in result.windows] == [0, 1]
+    again = monitor(REFERENCE, log, **settings)  # interrupted before window 1 was in the state: it comes once more
+    assert [window.index for window in again.windows] == [1]
+    assert [window["index"] for window in read_jsonl(tmp_path / "windows.jsonl")] == [0, 1]
