@@ -86,7 +86,9 @@ def columns(table: Dataset | Mapping[str, Any], *wanted: str) -> dict[str, np.nd
 def _as_array(name: str, column: Any) -> np.ndarray:
     if hasattr(column, "to_numpy"):  # pandas, pyarrow
         column = column.to_numpy()
-    values = column if isinstance(column, np.ndarray) else list(column)
+    values = (
+        column if isinstance(column, np.ndarray) else column[:] if hasattr(column, "__getitem__") else list(column)
+    )
     try:
         array = np.asarray(values)
     except ValueError as error:
