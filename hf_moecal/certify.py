@@ -101,10 +101,7 @@ def certify(parts: Anatomy, layer: MoELayer, capture: Capture, columns: int) -> 
         inputs = take_rows(fresh(capture.inputs), capture.batch_shape[0], longest)
         logits, seen = _observed(parts, layer, inputs)
         call, tokens = seen.calls[layer.name], _certified_tokens(parts, seen, logits)
-        ids = call.index[tokens]
-        if ids.shape[1] == 1:  # the selected expert alone changes nothing, which would certify any path
-            ids = (ids + 1) % layer.num_experts
-        route = Reroute.to(parts, layer, call, tokens, ids, columns=columns)
+        route = Reroute.to(parts, layer, call, tokens, call.index[tokens], columns=columns)
         plain = tail(parts, seen, seen.last_hidden.flatten(0, 1)[tokens].unsqueeze(1)).unsqueeze(1)
         truth, changes = brute_force(parts, layer, seen, inputs, route)
         tolerance = _tolerance(truth.dtype, capture)
@@ -146,7 +143,7 @@ def _tolerance(dtype: torch.dtype, capture: Capture) -> float:
 def _pushed(parts: Anatomy, seen: Capture, route: Reroute) -> Reroute:
     """The same tokens, pushed as hard as their hidden states are long.
 
-    Experts that (still) agree move no logit by more than rounding, which would certify any path.
+    Experts that (still) agree, or a single one, move no logit by more than rounding, which would certify any path.
     """
     generator = torch.Generator().manual_seed(0)
     push = torch.randn(route.alone.shape, generator=generator).to(route.alone)

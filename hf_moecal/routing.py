@@ -251,8 +251,7 @@ def hard_routing(model: nn.Module, *, top_k: int = 1) -> Iterator[None]:
     handles: list[torch.utils.hooks.RemovableHandle] = []
     with hooked(handles):
         for layer in find_moe_layers(model):
-            # Before any probe's hook, so that a probe records the routing that the experts really get.
-            hook = layer.module.register_forward_pre_hook(_keep_strongest(top_k), with_kwargs=True, prepend=True)
+            hook = layer.module.register_forward_pre_hook(_keep_strongest(top_k), with_kwargs=True)
             handles.append(hook)
         yield
 

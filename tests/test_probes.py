@@ -103,6 +103,15 @@ def test_gradients_in_float32(model_type: str, experts: str) -> None:
     check_gradients(tiny_model(model_type, experts=experts), tiny_batch(), double=False)
 
 
+@torch.no_grad()
+def test_a_scaled_residual_is_measured() -> None:
+    model = tiny_model("granitemoe", residual_multiplier=0.22)
+    with probe_experts(model) as probe:
+        model(**tiny_batch())
+    assert probe.certificate.path == "delta"
+    assert probe.certificate.coefficient == pytest.approx(0.22, rel=1e-5)
+
+
 def test_gradients_at_a_middle_layer() -> None:
     assert check_gradients(tiny_model("qwen3_moe", experts="eager"), tiny_batch(), index=0) == "prefix"
 
@@ -140,7 +149,8 @@ def test_autocast(model_type: str) -> None:
     model, inputs = tiny_model(model_type), tiny_batch()
     with probe_experts(model) as probe:
         with torch.autocast("cpu", torch.bfloat16):
-            model(**inputs)
+            own = model(**inputs).logits
+        assert torch.equal(probe.logits(TOKENS), own.flatten(0, 1)[TOKENS]) and own.dtype == torch.bfloat16
         found = gradients(model, value_of(probe.disagreement(TOKENS), probe.regret(TOKENS, LABELS)))
     with torch.autocast("cpu", torch.bfloat16):
         truth = gradients(model, value_of(*twin(model, inputs, TOKENS, LABELS)))
@@ -293,8 +303,8 @@ def test_many_forwards_and_ignored_ones() -> None:
 
 
 def test_the_random_state_is_left_alone() -> None:
-    model, inputs = tiny_model("inkling_text", attention_dropout=0.5).train(), tiny_batch()
-    with probe_experts(model) as probe:
+    model, inputs = tiny_model("qwen3_moe", attention_dropout=0.5).train(), {**tiny_batch(), "use_cache": False}
+    with probe_experts(model, 0) as probe:
         model(**inputs)
         state = torch.get_rng_state()
         probe.disagreement(TOKENS)
