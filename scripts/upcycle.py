@@ -8,7 +8,7 @@ real sentences before anything is saved. Then, in the last `--moe-layers` layers
 anew: every column of its down projection is multiplied by 1 + noise * N(0, 1). All other layers stay exact.
 
 Why neurons and not single weights: it changes which pretrained features an expert uses, not the features. Perplexity
-on 16 movie sentences with the last of 30 layers of SmolLM2-135M-Instruct as four experts, top-2 (dense 135.3; one seed),
+on 16 movie sentences, the last of 30 layers of SmolLM2-135M-Instruct being four experts, top-2 (dense 135.3; one seed)
 and how much two experts differ (distance of their outputs over the size of the mean):
 
     noise on neurons   0.2: 139.3, differ 20 %     0.3: 143.5, 30 %     0.5: 157.5, 51 %
