@@ -169,7 +169,7 @@ def _calibrate(options: Options) -> None:
 
 
 def _bake(options: Options) -> None:
-    from .bake import bake
+    from .hub.bake import bake
 
     print(f"calibrated checkpoint: {bake(options.model, output_dir=options.output)}")
 
@@ -187,7 +187,7 @@ def _report(options: Options) -> None:
 
 
 def _monitor(options: Options) -> int:
-    from .monitor import monitor
+    from .drift.monitor import monitor
 
     result = monitor(
         options.reference,

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from .checkpoint_files import write_training_record
 from .checkpoints import restore_weights
 from .freezing import set_trainable
+from .hub.checkpoint_files import write_training_record
 from .metrics import calibration_metrics
 from .objectives import example_losses
 from .prefix_cache import PrefixCache

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from hf_moecal.drift import DriftDetector
-from hf_moecal.logs import read_reference, to_sequences
-from hf_moecal.monitor import monitor
+from hf_moecal.drift.logs import read_reference, to_sequences
+from hf_moecal.drift.monitor import monitor
+from hf_moecal.drift.statistics import DriftDetector
 
 
 DOMAINS = ("movie", "tweets", "reviews", "editorials")
@@ -215,7 +215,7 @@ def estimates(logs: dict[str, Log]) -> list[dict[str, Any]]:
 _MEASURE = """
 import json, re, sys, time
 import pyarrow.parquet, scipy.stats, datasets
-from hf_moecal.monitor import monitor
+from hf_moecal.drift.monitor import monitor
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1))
 before = peak()
 start = time.perf_counter()

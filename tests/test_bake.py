@@ -10,9 +10,9 @@ from test_hub import saved, temperature, tokenizer
 from tiny_moe import classifier_families, families, tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_moecal.bake import bake
 from hf_moecal.calibration import IdentityCalibrator, RobustTemperatureCalibrator, VectorCalibrator
 from hf_moecal.hub import from_pretrained, load_calibration, write_calibration
+from hf_moecal.hub.bake import bake
 
 
 NAMED = ["mixtral", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "gemma4_text", "phimoe", "deepseek_v3"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import sparse, stats
 
-from hf_moecal.drift import CountDrift, DriftDetector, NumberDrift, _pool_rare, adjust
+from hf_moecal.drift.statistics import CountDrift, DriftDetector, NumberDrift, _pool_rare, adjust
 
 
 def one_hot(codes, categories):

@@ -25,13 +25,6 @@ from hf_moecal.calibration import (
     read_record,
 )
 from hf_moecal.calibration.selection import CANDIDATES
-from hf_moecal.checkpoint_files import (
-    load_evaluation,
-    load_training_ids,
-    load_training_settings,
-    write_evaluation,
-    write_training_record,
-)
 from hf_moecal.hub import (
     TABLE_CALIBRATOR,
     attach_calibrator,
@@ -39,6 +32,13 @@ from hf_moecal.hub import (
     from_pretrained,
     load_calibration,
     write_calibration,
+)
+from hf_moecal.hub.checkpoint_files import (
+    load_evaluation,
+    load_training_ids,
+    load_training_settings,
+    write_evaluation,
+    write_training_record,
 )
 
 

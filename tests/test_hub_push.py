@@ -19,8 +19,8 @@ from test_hub import saved, temperature, tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from hf_moecal.calibration.selection import calibrate_table
-from hf_moecal.checkpoint_files import write_training_record
 from hf_moecal.hub import PublishError, from_pretrained, push, write_calibration
+from hf_moecal.hub.checkpoint_files import write_training_record
 from hf_moecal.metrics import calibration_report
 
 
@@ -268,7 +268,7 @@ def test_a_short_outage_is_ridden_out(hub, checkpoint):
 
 
 def test_a_change_in_between_is_not_overwritten(hub, checkpoint, monkeypatch):
-    from hf_moecal import publish
+    from hf_moecal.hub import publish
 
     push(checkpoint, repo_id="org/model", token=TOKEN)
     honest = publish._published_card

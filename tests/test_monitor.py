@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hf_moecal import log_reader
-from hf_moecal.monitor import monitor
+from hf_moecal.drift import log_reader
+from hf_moecal.drift.monitor import monitor
 
 
 EXPERTS = 4
@@ -338,8 +338,8 @@ def test_a_state_of_another_reference_or_broken_is_refused(tmp_path):
 
 _WATCH = """
 import sys, time
-from hf_moecal import log_reader
-from hf_moecal.monitor import monitor
+from hf_moecal.drift import log_reader
+from hf_moecal.drift.monitor import monitor
 log_reader.CHUNK_ROWS = 50
 slow = lambda window: time.sleep(0.04)
 monitor(sys.argv[1], sys.argv[2], window=20, state=sys.argv[3], output_dir=sys.argv[4], on_window=slow)
@@ -403,7 +403,7 @@ def test_metrics_are_prometheus_text(tmp_path):
 
 
 def test_exposition_escapes():
-    from hf_moecal.exposition import exposition
+    from hf_moecal.drift.exposition import exposition
 
     text = exposition(None, {"windows": 0, "drifted": 0, "rows": 0, "rejected": {'a"b\\c\nd': 2}})
     assert r'reason="a\"b\\c\nd"' in text

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hf_moecal import report
-from hf_moecal.report_routing import by_configuration, collect_routing, expert_load, fragile
+from hf_moecal.report.routing import by_configuration, collect_routing, expert_load, fragile
 
 
 def make_table(n=400, *, temperature=1.0, classes=2, seed=0, routing=True):

@@ -11,9 +11,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..table import names
 from .log_checks import Faults, Piece, Rejected, check
 from .logs import DERIVED, OPTIONAL, Schema
-from .table import names
 
 
 if TYPE_CHECKING:

@@ -215,7 +215,7 @@ def adjust(p_values: np.ndarray, *, correction: str = "holm") -> np.ndarray:
     Example:
 
     ```python
-    >>> from hf_moecal.drift import adjust
+    >>> from hf_moecal.drift.statistics import adjust
     >>> adjust([0.01, 0.04, 0.03]).round(3).tolist()
     [0.03, 0.06, 0.06]
 

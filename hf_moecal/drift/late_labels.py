@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from .drift import DriftDetector
+from ..metrics import calibration_report
+from ..table import IGNORED_LABEL, columns, read_table
 from .log_reader import read_log
 from .logs import Schema
-from .metrics import calibration_report
-from .table import IGNORED_LABEL, columns, read_table
+from .statistics import DriftDetector
 
 
 _FIGURES = ("n", "accuracy", "confidence", "signed_gap", "ece", "ece_interval", "ece_debiased", "ece_noise_floor")
@@ -33,7 +33,7 @@ def score_labels(
 
     Args:
         reference: columns `confidence` and `correct` of the reference.
-        current: the log, as for [`~hf_moecal.monitor.monitor`]; it needs `id`, and standard input cannot be read
+        current: the log, as for [`~hf_moecal.drift.monitor.monitor`]; it needs `id`, and standard input cannot be read
         again. labels: table, or path of a table, with `id` and `label`.
         alpha: chance of a false alarm.
         minimum_effect: least difference in probability that counts as drift.

@@ -12,9 +12,9 @@ from hf_moecal.calibration.base import TABLE_CALIBRATOR
 from hf_moecal.calibration.record import FILE_NAME, MAX_BYTES
 from hf_moecal.calibration.selection import AUTO, CalibrationResult, calibrate_table
 from hf_moecal.calibration.temperature import IdentityCalibrator, TemperatureCalibrator
-from hf_moecal.checkpoint_files import load_training_ids
-from hf_moecal.loading import HUB_ARGUMENTS, load_model
-from hf_moecal.publish import PublishError, push
+from hf_moecal.hub.checkpoint_files import load_training_ids
+from hf_moecal.hub.loading import HUB_ARGUMENTS, load_model
+from hf_moecal.hub.publish import PublishError, push
 
 
 __all__ = [

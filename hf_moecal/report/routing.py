@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .report_data import outcomes, plain, scores, select
-from .table import names
+from ..table import names
+from .data import outcomes, plain, scores, select
 
 
 if TYPE_CHECKING:
-    from .report_data import Table
+    from .data import Table
 
 CONFIGURATION = {"routing_entropy": "routing entropy", "disagreement": "disagreement of the experts"}
 _FRAGILE = ("confidence", "disagreement", "regret")

@@ -29,7 +29,7 @@ def format_table(metrics: Mapping[str, Any]) -> str:
     """One table of all figures that a person can read in a terminal.
 
     Args:
-        metrics: what [`~hf_moecal.report_data.collect`] returned, or the content of `metrics.json`.
+        metrics: what [`~hf_moecal.report.data.collect`] returned, or the content of `metrics.json`.
 
     Returns:
         The table; the best ECE, NLL and Brier of each set and subset carry a `*`.

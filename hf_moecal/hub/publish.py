@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_moecal.calibration.record import FILE_NAME, read_json, read_record
-from hf_moecal.checkpoint_files import (
+from hf_moecal.hub.checkpoint_files import (
     EVALUATION_FILE,
     TRAINING_FILE,
     load_evaluation,
     load_training_settings,
     write_evaluation,
 )
-from hf_moecal.loading import ADAPTER_CONFIG
-from hf_moecal.model_card import eval_results, merge_card, render_section
+from hf_moecal.hub.loading import ADAPTER_CONFIG
+from hf_moecal.hub.model_card import eval_results, merge_card, render_section
 
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def push(
             `write_training_record`, `write_evaluation` and `write_report` put there.
         repo_id: `"organisation/name"`; made if it does not exist.
         evaluation: figures per evaluation set, written to the folder first (see
-            [`~hf_moecal.checkpoint_files.write_evaluation`]).
+            [`~hf_moecal.hub.checkpoint_files.write_evaluation`]).
         private: visibility of a new repository.
         revision: branch; made if it does not exist. Default: main.
         token: access token. Default: the one of `hf auth login` or `HF_TOKEN`.

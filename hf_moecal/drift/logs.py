@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from .table import columns, names
+from ..table import columns, names
 
 
 NUMBERS = ("confidence", "routing_entropy", "routing_margin", "disagreement")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .metrics import calibration_report, reliability_bins
-from .table import IGNORED_LABEL, columns, names
+from ..metrics import calibration_report, reliability_bins
+from ..table import IGNORED_LABEL, columns, names
 
 
 if TYPE_CHECKING:

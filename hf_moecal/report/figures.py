@@ -1,4 +1,4 @@
-"""Draws the plain data of [`hf_moecal.report_data`] on given matplotlib axes; computes nothing.
+"""Draws the plain data of [`hf_moecal.report.data`] on given matplotlib axes; computes nothing.
 
 Colours are the Okabe-Ito ones, which stay apart for colour-blind readers and in grey print.
 """
@@ -71,7 +71,7 @@ def draw_reliability(ax: Axes, data: Mapping[str, Any], *, color: str = PALETTE[
 
     Args:
         ax: axes to draw on.
-        data: what [`~hf_moecal.report_data.reliability`] returned.
+        data: what [`~hf_moecal.report.data.reliability`] returned.
         color: colour of the curve.
         limits: fits the axes to the data; `False` leaves them (shared axes).
     """
@@ -131,7 +131,7 @@ def reliability_figure(panels: Mapping[str, Mapping[str, Any]], *, title: str) -
     """Reliability diagrams side by side on shared axes, with the bin counts below.
 
     Args:
-        panels: name of the panel -> data of [`~hf_moecal.report_data.reliability`].
+        panels: name of the panel -> data of [`~hf_moecal.report.data.reliability`].
         title: title of the figure.
 
     Returns:
@@ -190,7 +190,7 @@ def draw_configuration(ax: Axes, methods: Mapping[str, Sequence[Mapping[str, Any
 
     Args:
         ax: axes to draw on.
-        methods: method -> parts of [`~hf_moecal.report_routing.by_configuration`].
+        methods: method -> parts of [`~hf_moecal.report.routing.by_configuration`].
     """
     ax.axhline(0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     for (name, parts), color in zip(methods.items(), colours(list(methods)).values(), strict=True):
@@ -220,7 +220,7 @@ def draw_load(ax: Axes, load: Mapping[str, Sequence[float]]) -> None:
 
     Args:
         ax: axes to draw on.
-        load: set -> shares, see [`~hf_moecal.report_routing.expert_load`].
+        load: set -> shares, see [`~hf_moecal.report.routing.expert_load`].
     """
     width = max(map(len, load.values()))
     shares = np.array([[*row, *[0.0] * (width - len(row))] for row in load.values()])

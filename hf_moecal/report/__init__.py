@@ -1,6 +1,7 @@
 """Reports people read: a table for the terminal, one HTML file, and the same as Markdown and PNG for model cards.
 
-Computing ([`hf_moecal.report_data`]) and drawing ([`hf_moecal.figures`]) are separate; this module joins and writes.
+Computing ([`hf_moecal.report.data`]) and drawing ([`hf_moecal.report.figures`]) are separate; here they are joined
+and written.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .data import collect, reliability
 from .figures import configuration_figure, draw_reliability, reliability_figure
-from .report_data import collect, reliability
-from .report_html import render
-from .report_routing import CONFIGURATION, collect_routing
-from .report_text import HEADINGS, HOW_TO_READ, cells, format_table, heading, sections, worst_group
+from .html import render
+from .routing import CONFIGURATION, collect_routing
+from .text import HEADINGS, HOW_TO_READ, cells, format_table, heading, sections, worst_group
 
 
 if TYPE_CHECKING:
-    from .report_data import Table
+    from .data import Table
 
 
 __all__ = ["collect", "draw_reliability", "format_table", "reliability", "write_report"]

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from .drift import DriftDetector, FeatureDrift
+from ..table import IGNORED_LABEL, read_table
 from .label_free import LabelFreeEstimate
 from .late_labels import score_labels
 from .log_reader import STDIN, read_log
 from .logs import Schema, read_reference, sequence_starts, to_sequences
 from .monitor_files import MonitorFiles
-from .table import IGNORED_LABEL, read_table
+from .statistics import DriftDetector, FeatureDrift
 
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ class Window:
         rows: rows in it (more than `sequences` where a sequence has several).
         complete: `False` for what was left over at the end of a log.
         drift: whether any feature drifted.
-        features: one [`~hf_moecal.drift.FeatureDrift`] per feature, drifted and largest first.
-        estimate: label-free accuracy and calibration (see [`~hf_moecal.label_free`]); `None` without a labelled
+        features: one [`~hf_moecal.drift.statistics.FeatureDrift`] per feature, drifted and largest first.
+        estimate: label-free accuracy and calibration (see [`~hf_moecal.drift.label_free`]); `None` without a labelled
         reference.
     """
 
@@ -84,7 +84,7 @@ class MonitorResult:
         windows: the windows closed by this call.
         open_sequences: sequences in the window that is still open (kept in the state).
         totals: `windows`, `drifted`, `rows` and `rejected` (reason -> rows), over all calls with the same state.
-        labelled: what [`~hf_moecal.late_labels.score_labels`] found, where labels were given.
+        labelled: what [`~hf_moecal.drift.late_labels.score_labels`] found, where labels were given.
     """
 
     windows: list[Window] = field(default_factory=list)
@@ -118,7 +118,7 @@ class WindowStream:
         schema: what the rows hold.
         reference: rows of the reference, with `label` for the label-free estimate.
         size: sequences per window; `None` for one window.
-        settings: `alpha`, `correction`, `minimum_effect` of [`~hf_moecal.drift.DriftDetector`].
+        settings: `alpha`, `correction`, `minimum_effect` of [`~hf_moecal.drift.statistics.DriftDetector`].
     """
 
     def __init__(
@@ -253,7 +253,7 @@ def monitor(
 
     ```python
     >>> import numpy as np
-    >>> from hf_moecal.monitor import monitor
+    >>> from hf_moecal.drift.monitor import monitor
     >>> rng = np.random.default_rng(0)
     >>> reference = {"confidence": rng.beta(8, 1, 5000), "prediction": rng.integers(0, 2, 5000)}
     >>> current = {"confidence": rng.beta(4, 1, 1000), "prediction": rng.integers(0, 2, 1000)}

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .metrics.binning import DEFAULT_BINS, bin_index, equal_width
+from ..metrics.binning import DEFAULT_BINS, bin_index, equal_width
 
 
 ROUTING = ("disagreement", "routing_entropy")

@@ -9,8 +9,8 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from . import figures
-from .report_routing import CONFIGURATION
-from .report_text import HEADINGS, HOW_TO_READ, cells, heading, sections, worst_group
+from .routing import CONFIGURATION
+from .text import HEADINGS, HOW_TO_READ, cells, heading, sections, worst_group
 
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def render(data: Mapping[str, Any], routing: Mapping[str, Any]) -> str:
     """The whole page.
 
     Args:
-        data: what [`~hf_moecal.report_data.collect`] returned.
-        routing: what [`~hf_moecal.report_routing.collect_routing`] returned.
+        data: what [`~hf_moecal.report.data.collect`] returned.
+        routing: what [`~hf_moecal.report.routing.collect_routing`] returned.
 
     Returns:
         HTML text.
