@@ -2,6 +2,7 @@
 # make test   the test suite, slow matrices included
 VENV ?= .venv
 PYTHON ?= python3
+EXTRAS ?= dev
 BIN := $(VENV)/bin
 
 .PHONY: setup demo test test-fast lint clean
@@ -11,7 +12,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]"
 	touch $@
 
 demo: setup

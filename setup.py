@@ -12,12 +12,17 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "hf_moecal" / "__init__.p
 EXTRAS = {
     "peft": ["peft>=0.18"],
     "gguf": ["gguf>=0.10"],
-    "trl": ["trl>=0.24"],
     "lint": ["ruff>=0.9"],
     "space": ["gradio>=5", "playwright>=1.40"],
 }
 EXTRAS["test"] = [*EXTRAS["peft"], *EXTRAS["gguf"], "hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3"]
-EXTRAS["test"] += ["netcal>=1.3", "relplot>=1.0", "torchmetrics>=1.4", "uncertainty-calibration>=0.1.4"]  # references
+EXTRAS["test"] += [
+    "prometheus_client>=0.20",
+    "netcal>=1.3",
+    "relplot>=1.0",
+    "torchmetrics>=1.4",
+    "uncertainty-calibration>=0.1.4",
+]
 EXTRAS["dev"] = [*EXTRAS["test"], *EXTRAS["lint"]]
 
 setup(

@@ -1,6 +1,6 @@
 """A Trainer whose objective is exact over the whole optimizer batch, on one process or many.
 
-[`MoECalMixin`] goes in front of `Trainer` or TRL's `SFTTrainer`. At the first micro-batch of an optimizer step it
+[`MoECalMixin`] goes in front of `Trainer` or a subclass of it. At the first micro-batch of an optimizer step it
 measures the losses of all others without gradient, gathers them from every process, and gives each example i its
 coefficient c_i = dF/dl_i; each micro-batch then back-propagates sum_i c_i l_i.
 """
