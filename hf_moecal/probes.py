@@ -154,8 +154,10 @@ class ExpertProbe:
         """An estimate of the regret at every probed layer from one backward pass: `[n]` by name of the layer.
 
         relu(max_k -g . (S E_k - y)), with g the gradient of the summed losses of `tokens` with respect to the experts'
-        output. It ranks tokens much as the exact regret does and needs no forward per layer and expert. With several
-        tokens of one sequence, g also holds what the earlier ones do to the losses of the later ones.
+        output, so no forward per layer and expert. At the last layer of a model with norms before its blocks it ranks
+        tokens nearly as the exact regret does; the further below, or with norms after the blocks, the less
+        (`recipes/probing.md` has the rank correlations). With several tokens of one sequence, g also holds what the
+        earlier ones do to the losses of the later ones.
 
         Raises:
             ValueError: the forward recorded no gradients.
