@@ -30,8 +30,11 @@ def disagreement(logits: Tensor, expert_logits: Tensor, shares: Tensor) -> Tenso
 
     ```
     """
-    _check_classes(logits)
-    gap = upcast(expert_logits).softmax(-1) - upcast(logits).softmax(-1).unsqueeze(1)
+    return _disagreement(_log_probs(logits), _log_probs(expert_logits), shares)
+
+
+def _disagreement(log_probs: Tensor, expert_log_probs: Tensor, shares: Tensor) -> Tensor:
+    gap = expert_log_probs.exp() - log_probs.exp().unsqueeze(1)
     return (shares * gap.square().sum(-1)).sum(-1)
 
 
@@ -49,21 +52,36 @@ def regret(logits: Tensor, expert_logits: Tensor, labels: Tensor) -> Tensor:
     Raises:
         ValueError: a label is no class.
     """
-    loss = losses(logits, labels)
-    chosen = labels[:, None, None].expand(-1, expert_logits.shape[1], 1)
-    alone = -upcast(expert_logits).log_softmax(-1).gather(-1, chosen).squeeze(-1)
+    return _regret(_log_probs(logits), _log_probs(expert_logits), labels)
+
+
+def _regret(log_probs: Tensor, expert_log_probs: Tensor, labels: Tensor) -> Tensor:
+    loss = _losses(log_probs, labels)
+    chosen = labels[:, None, None].expand(-1, expert_log_probs.shape[1], 1)
+    alone = -expert_log_probs.gather(-1, chosen).squeeze(-1)
     return (loss - alone.amin(-1)).relu()
+
+
+def disagreement_and_regret(
+    logits: Tensor, expert_logits: Tensor, shares: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[`disagreement`] and [`regret`], `[n]` each, with one softmax for both."""
+    log_probs, expert_log_probs = _log_probs(logits), _log_probs(expert_logits)
+    return _disagreement(log_probs, expert_log_probs, shares), _regret(log_probs, expert_log_probs, labels)
 
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy in nats of logits `[n, C]` and labels `[n]`: `[n]`."""
-    _check_classes(logits)
-    if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
+    return _losses(_log_probs(logits), labels)
+
+
+def _losses(log_probs: Tensor, labels: Tensor) -> Tensor:
+    if not 0 <= int(labels.min()) <= int(labels.max()) < log_probs.shape[-1]:
         raise ValueError(
-            f"Labels are classes 0 to {logits.shape[-1] - 1}, got {int(labels.min())} to {int(labels.max())}; "
+            f"Labels are classes 0 to {log_probs.shape[-1] - 1}, got {int(labels.min())} to {int(labels.max())}; "
             "leave out the tokens that have no label."
         )
-    return -upcast(logits).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    return -log_probs.gather(-1, labels[:, None]).squeeze(-1)
 
 
 def first_order_regret(gradient: Tensor, change: Tensor) -> Tensor:
@@ -79,8 +97,9 @@ def first_order_regret(gradient: Tensor, change: Tensor) -> Tensor:
     return -torch.einsum("nh,nkh->nk", upcast(gradient), upcast(change)).amin(-1).clamp_max(0)
 
 
-def _check_classes(logits: Tensor) -> None:
+def _log_probs(logits: Tensor) -> Tensor:
     if logits.shape[-1] < 2:
         raise ValueError(
             "The probe compares class probabilities, and a model with one output has none; set num_labels >= 2."
         )
+    return upcast(logits).log_softmax(-1)

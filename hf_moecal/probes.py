@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .agreement import disagreement, first_order_regret, losses, regret
+from .agreement import disagreement, disagreement_and_regret, first_order_regret, losses, regret
 from .capture import Recorder, anatomy
 from .certify import Certificate, real_tokens
 from .counterfactual import Counterfactuals
@@ -144,8 +144,7 @@ class ExpertProbe:
         labels, record = self._labels(flat, labels), self.record_of(layer)[flat]
 
         def reduce(part: slice, own: Tensor, alone: Tensor) -> Tensor:
-            both = disagreement(own, alone, record.shares[part]), regret(own, alone, labels[part])
-            return torch.stack(both, -1)
+            return torch.stack(disagreement_and_regret(own, alone, record.shares[part], labels[part]), -1)
 
         disagreements, regrets = self._answers.reduced(self._layer(layer), flat, record.expert_ids, reduce).unbind(-1)
         return disagreements, regrets
@@ -312,8 +311,10 @@ __all__ = [
     "RoutingRecord",
     "RoutingStatistics",
     "UnsupportedMoEError",
+    "disagreement",
     "find_moe_layers",
     "hard_routing",
     "probe_experts",
+    "regret",
     "routing_statistics",
 ]
