@@ -211,7 +211,7 @@ def _monitor(options: Options) -> int:
 def _probe(options: Options) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from .inspection import format_probe, probe_text
+    from .probes.inspection import format_probe, probe_text
 
     architectures = AutoConfig.from_pretrained(options.model).architectures or [""]
     classifier = "ForSequenceClassification" in architectures[0]

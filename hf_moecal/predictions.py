@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 from .calibration.base import TABLE_CALIBRATOR
 from .objectives import check_labels
 from .prefix_cache import PrefixCache
-from .probes import ExpertProbe, disagreement, probe_experts, regret
+from .probes import ExpertProbe, probe_experts
+from .probes.agreement import disagreement, regret
 from .table import COLUMNS, IGNORED_LABEL
 from .tasks import pooled_positions
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm.auto import tqdm
 
 from .freezing import last_moe_site
-from .replay import patched
+from .probes.replay import patched
 from .state_store import StateStore
 from .tasks import pooled_positions
 

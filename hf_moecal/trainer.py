@@ -205,13 +205,12 @@ class MoECalMixin:
 
     @torch.no_grad()
     def _measure(self, losses: Tensor, supervision: Supervision) -> Measurement:
-        nothing = losses.new_zeros(len(losses), dtype=torch.float64)
-        regret = disagreement = nothing
+        regret = disagreement = torch.full_like(losses, float("nan"), dtype=torch.float64)  # not measured
         if self._probe is not None and len(losses):
             tokens, labels = supervision.tokens, supervision.labels
             with self._selecting(None):  # the probe calls the head on rows of its own choice
-                regret = supervision.mean_by_example(self._probe.regret(tokens, labels).double())
-                disagreement = supervision.mean_by_example(self._probe.disagreement(tokens).double())
+                found = self._probe.disagreement_and_regret(tokens, labels)
+            disagreement, regret = (supervision.mean_by_example(values.double()) for values in found)
         return Measurement(losses.detach().double(), regret, disagreement)
 
     def _close(self, window: Window) -> None:

@@ -9,7 +9,7 @@ import torch
 from tiny_moe import tiny_model
 
 from hf_moecal import probe_experts
-from hf_moecal.inspection import format_probe, probe_text
+from hf_moecal.probes.inspection import format_probe, probe_text
 
 
 class Letters:

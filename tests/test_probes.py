@@ -321,7 +321,7 @@ def test_chunks_of_tokens_give_the_same_and_bound_the_logits(monkeypatch: pytest
         model(**tiny_batch())
     everything = torch.arange(18)
     whole = probe.disagreement(everything), probe.regret(everything, everything)
-    monkeypatch.setattr("hf_moecal.counterfactual._CHUNK_ELEMENTS", 4 * 2 * VOCABULARY)
+    monkeypatch.setattr("hf_moecal.probes.counterfactual._CHUNK_ELEMENTS", 4 * 2 * VOCABULARY)
     rows: list[int] = []
     handle = model.lm_head.register_forward_hook(lambda module, args, output: rows.append(output[..., 0].numel()))
     parts = probe.disagreement(everything), probe.regret(everything, everything)
@@ -431,7 +431,7 @@ def test_chunks_with_gradient_are_computed_again(monkeypatch: pytest.MonkeyPatch
     with probe_experts(model) as probe:
         model(**tiny_batch())
         whole = gradients(model, value_of(probe.disagreement(TOKENS), probe.regret(TOKENS, LABELS)))
-        monkeypatch.setattr("hf_moecal.counterfactual._CHUNK_ELEMENTS", 2 * VOCABULARY)
+        monkeypatch.setattr("hf_moecal.probes.counterfactual._CHUNK_ELEMENTS", 2 * VOCABULARY)
         model(**tiny_batch())
         value = value_of(probe.disagreement(TOKENS), probe.regret(TOKENS, LABELS))
         model(**tiny_batch(seed=5))  # a later forward does not change what is computed again

@@ -23,7 +23,7 @@ def disagreement(logits: Tensor, expert_logits: Tensor, shares: Tensor) -> Tenso
 
     ```python
     >>> import torch
-    >>> from hf_moecal.agreement import disagreement
+    >>> from hf_moecal.probes.agreement import disagreement
     >>> experts = torch.tensor([[[9.0, -9.0], [-9.0, 9.0]]])  # two experts, each sure of another class
     >>> round(disagreement(torch.zeros(1, 2), experts, torch.tensor([[0.5, 0.5]])).item(), 6)
     0.5

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import ExpertProbe, probe_experts
 from .certify import evaluating
-from .probes import ExpertProbe, probe_experts
 from .routing import MoELayer
 
 
@@ -106,7 +106,7 @@ def format_probe(report: dict[str, Any]) -> str:
     Example:
 
     ```python
-    >>> from hf_moecal.inspection import format_probe
+    >>> from hf_moecal.probes.inspection import format_probe
     >>> expert = {"id": 3, "weight": 1.0, "share": 1.0, "prediction": "yes", "confidence": 0.75}
     >>> layer = {"name": "model.layers.0.mlp.experts", "index": 0, "path": "delta", "entropy": 0.0, "margin": 1.0,
     ...     "disagreement": 0.0, "regret": None, "experts": [expert]}
