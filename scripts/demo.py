@@ -49,6 +49,7 @@ def main() -> None:
         tables[name] = predictions(recipe, options.output / objective, stamp)
     tables = calibrate(tables, options.output)
     shown = {name: with_hard_column(table).filter(in_test, desc="select") for name, table in tables.items()}
+    print("\nwriting the report")
     report = write_report(shown, options.output, title="Calibration under shift, before and after", hard="hard")
     metrics = json.loads((options.output / "metrics.json").read_text())
     print("\n" + format_table(metrics))
@@ -65,10 +66,10 @@ def main() -> None:
 def upcycle(recipe: Recipe) -> None:
     """Makes the mixture-of-experts checkpoint that the recipe starts from; does nothing where it stands already.
 
-    Ten layers, of which only the last has experts: the frozen ones run once per sentence, on two CPU cores.
+    Fifteen layers, of which only the last has experts: the frozen ones run once per sentence.
     """
     script, target = ROOT / "scripts" / "upcycle.py", expand(recipe.model)
-    options = ["--family", "qwen2_moe", "--experts", "4", "--top-k", "2", "--layers", "10"]
+    options = ["--family", "qwen2_moe", "--experts", "4", "--top-k", "2", "--layers", "15"]
     subprocess.run([sys.executable, str(script), expand(DENSE), target, *options], check=True)
 
 
@@ -77,7 +78,8 @@ def train(recipe: Recipe, objective: str, folder: Path, stamp: str) -> None:
         print(f"{objective}: trained already, in {os.path.relpath(folder)}")
         return
     print(f"\n{objective}: training")
-    train_recipe(recipe, overrides=["--objective", objective, "--output_dir", str(folder)])
+    overrides = ["--objective", objective, "--output_dir", str(folder)]
+    train_recipe(recipe, overrides=overrides)
     (folder / "stamp.json").write_text(json.dumps({"recipe": stamp}))  # last: an interrupted run has none
 
 
