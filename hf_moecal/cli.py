@@ -103,6 +103,8 @@ def _add_monitor(monitor: argparse.ArgumentParser) -> None:
     monitor.add_argument("--window", type=int, help="sequences per window (default: the whole log)")
     monitor.add_argument("--features", nargs="*", default=(), help="further columns to watch")
     monitor.add_argument("--sequence", help="column that names the sequence, where a row is a token")
+    monitor.add_argument("--num-experts", type=int, help="experts per layer (default: as the reference shows)")
+    monitor.add_argument("--correction", default="holm", choices=["holm", "benjamini-hochberg"])
     monitor.add_argument("--alpha", type=float, default=0.01, help="chance of a false alarm per window")
     monitor.add_argument("--minimum-effect", type=float, default=0.1, help="least difference that counts as drift")
     monitor.add_argument("--labels", help="table with id and label, once labels are known")
@@ -195,6 +197,8 @@ def _monitor(options: Options) -> int:
         window=options.window,
         features=options.features,
         sequence=options.sequence,
+        num_experts=options.num_experts,
+        correction=options.correction,
         alpha=options.alpha,
         minimum_effect=options.minimum_effect,
         labels=options.labels,

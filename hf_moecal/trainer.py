@@ -62,10 +62,10 @@ class MoECalMixin:
                 self._prefix.fill(self.train_dataset["input_ids"], progress=not self.args.disable_tqdm)
             return super().train(*args, **kwargs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluates as `Trainer.evaluate` does; over a dict of sets it gives `eval_<set>_ece` and the like."""
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Serves `evaluate` and `predict`; over a dict of sets `evaluate` gives `eval_<set>_ece` and the like."""
         with self._instrumented():
-            return super().evaluate(*args, **kwargs)
+            return super().evaluation_loop(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         batches, count = super().get_batch_samples(*args, **kwargs)

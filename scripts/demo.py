@@ -56,8 +56,7 @@ def main() -> None:
     difference = plain_difference(recipe, options.output / "robust_filtered", tables["Robust Filtered"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
-        f"\nThe saved checkpoint, run plainly in float32, gives the table's probabilities within {difference:.3f} "
-        f"(the table's frozen layers ran in bfloat16)."
+        f"\nThe saved checkpoint, loaded and run without the cache, gives these probabilities within {difference:.0e}."
         f"\n{(time.perf_counter() - start) / 60:.1f} minutes, peak memory {peak:.1f} GiB."
         f"\nLook at {os.path.relpath(report)} and the PNG files beside it."
     )

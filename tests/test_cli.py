@@ -125,6 +125,13 @@ def test_report_monitor_and_probe(trained, capsys):
     capsys.readouterr()
     assert main(["monitor", "--reference", table, "--current", table, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["exit_code"] == 0
+    confident = Dataset.from_dict({"confidence": [0.999] * 60, "prediction": [1] * 60})
+    unsure = Dataset.from_dict({"confidence": [0.6] * 60, "prediction": [1] * 60})
+    for name, log in {"before": confident, "after": unsure}.items():
+        log.to_parquet(str(trained / f"{name}.parquet"))
+    both = ["--reference", str(trained / "before.parquet"), "--current", str(trained / "after.parquet")]
+    assert main(["monitor", *both, "--correction", "benjamini-hochberg", "--output", str(trained / "watch")]) == 1
+    assert "drift" in capsys.readouterr().out.lower() and (trained / "watch" / "metrics.prom").is_file()
     assert main(["probe", "--model", str(trained / "out"), "--text", "the film was good", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["layers"]) == 2 and len(found["layers"][0]["experts"]) == 2

@@ -352,3 +352,42 @@ def test_a_huge_record_on_the_hub_is_not_fetched(hub, checkpoint, tmp_path):
     del hub.head("org/model")[1]["calibration.json"]
     with pytest.raises(ValueError, match="has no calibration.json"):
         from_pretrained("org/model", cache_dir=cache, token=TOKEN)
+
+
+def test_the_trainer_publishes_with_its_record(hub, tmp_path):
+    from datasets import Dataset
+
+    from hf_moecal import MoECalArguments, MoECalTrainer
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    model, data = saved(folder, vocab_size=32), {"input_ids": [[4, 5, 6], [7, 8, 9]], "label": [0, 1]}
+    args = MoECalArguments(
+        str(folder), hub_model_id="org/run", hub_token=TOKEN, objective="erm", max_steps=1, report_to="none",
+        save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    train = Dataset.from_dict({**data, "id": ["row-1", "row-2"]})
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    trainer = MoECalTrainer(model=model, args=args, train_dataset=train)
+    trainer.train()
+    write_calibration(folder, temperature())
+    url = trainer.push_to_hub()
+    assert url.startswith(hub.url) and "org/run" in url
+    files = hub.files("org/run")
+    assert {"model.safetensors", "calibration.json", "moecal_training.json", "README.md"} <= set(files)
+    assert not any(name.endswith(".bin") for name in files) and TOKEN.encode() not in b"".join(files.values())
+    loaded = AutoModelForSequenceClassification.from_pretrained("org/run", cache_dir=tmp_path / "cache", token=TOKEN)
+    for one, other in zip(trainer.model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_command_line_publishes(hub, original, tmp_path, monkeypatch, capsys):
+    from hf_moecal.cli import main
+
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert main(["push", "--model", str(original), "--repo-id", "org/cli"]) == 0
+    assert "org/cli" in capsys.readouterr().out and "calibration.json" in hub.files("org/cli")
+    monkeypatch.delenv("HF_TOKEN")
+    assert main(["push", "--model", str(original), "--repo-id", "org/other"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("moecal push: ") and error.count("\n") == 1

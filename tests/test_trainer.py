@@ -329,6 +329,16 @@ def test_evaluation_over_named_sets(tmp_path):
     assert set(log) >= {"eval_tweets_ece", "eval_tweets_nll", "eval_tweets_brier", "eval_tweets_signed_gap"}
 
 
+@pytest.mark.parametrize("task", ["sequence", "token"])
+def test_evaluation_of_a_language_model(tmp_path, task):
+    build, data, settings = TASKS[task]
+    rows = data(6)
+    args = arguments(tmp_path, objective="focal", per_device_eval_batch_size=6, **settings)
+    trainer = MoECalTrainer(model=build(), args=args, train_dataset=rows, eval_dataset=rows, data_collator=collate)
+    expected = losses_one_by_one(build().eval(), rows, per_token=task == "token").mean().item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)  # cross-entropy, whatever trains
+
+
 def all_equal(one, other):
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
