@@ -7,6 +7,7 @@ made by the same recipe, is used again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -42,7 +43,7 @@ def main() -> None:
     start = time.perf_counter()
     recipe = load_recipe(options.recipe)
     upcycle(recipe)
-    stamp = hashlib.sha256(options.recipe.read_bytes()).hexdigest()[:16]
+    stamp = hashlib.sha256(json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode()).hexdigest()[:16]
     tables = {}
     for objective, name in OBJECTIVES.items():
         train(recipe, objective, options.output / objective, stamp)
