@@ -1,4 +1,4 @@
-# make demo   the whole path on real data: fetch, upcycle, train twice, evaluate, report   (about 10 minutes)
+# make demo   the whole path on real data: fetch, upcycle, train twice, evaluate, report   (about 8 minutes)
 # make test   the test suite, slow matrices included
 VENV ?= .venv
 PYTHON ?= python3

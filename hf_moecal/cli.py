@@ -50,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", required=True, help="recipe, a YAML file")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
 
-    predict = command("predict", _predict, "Write the predictions table of a model on the sets of a recipe.")
+    predict = command(
+        "predict", _predict, "Write the (uncalibrated) predictions table of a model on the sets of a recipe."
+    )
     predict.add_argument("--model", required=True, help="Hub id or folder")
     predict.add_argument("--config", required=True, help="recipe that names the sets")
     predict.add_argument("--sets", nargs="+", help="groups of the recipe, train or validation (default: all groups)")
@@ -213,6 +215,7 @@ def _monitor(options: Options) -> int:
 
 
 def _probe(options: Options) -> None:
+    from accelerate import PartialState
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     from .probes.inspection import format_probe, probe_text
@@ -221,6 +224,7 @@ def _probe(options: Options) -> None:
     classifier = "ForSequenceClassification" in architectures[0]
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     model, tokenizer = kind.from_pretrained(options.model), AutoTokenizer.from_pretrained(options.model)
+    model.to(PartialState().device)
     found = probe_text(model, tokenizer, options.text, label=options.label)
     print(json.dumps(found, indent=1) if options.json else format_probe(found))
 

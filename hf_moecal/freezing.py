@@ -64,6 +64,11 @@ def set_trainable(model: nn.Module, preset: str) -> str:
     Raises:
         ValueError: nothing would train.
     """
+    if preset == "last_moe_layer" and hasattr(model, "peft_config"):
+        raise ValueError(
+            "train='last_moe_layer' would train weights that an adapter does not save; choose what trains with "
+            "LoraConfig(target_modules=..., target_parameters=..., modules_to_save=...) and set train='all'."
+        )
     if preset == "last_moe_layer":
         _train_last_moe_layer(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

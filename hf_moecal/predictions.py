@@ -15,7 +15,7 @@ from .prefix_cache import PrefixCache
 from .probes import ExpertProbe, probe_experts
 from .probes.agreement import disagreement, regret
 from .table import COLUMNS, IGNORED_LABEL
-from .tasks import pooled_positions
+from .tasks import pooled_positions, real_tokens
 
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def predict(
     """
     from datasets import Dataset
 
+    dataset = dataset.with_format(None)
     tokens = _tokenized(dataset, processing_class, text_column, max_length)
     labels = _labels(dataset)
     if prefix is not None:
@@ -172,8 +173,7 @@ def _tokenized(dataset: Dataset, processing_class: Any, text_column: str, max_le
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: there is nothing to predict. Check how it was filtered.")
     if "input_ids" in dataset.column_names:
-        sequences = [list(map(int, ids)) for ids in dataset["input_ids"]]
-        return [ids[:max_length] for ids in sequences]
+        return [ids[:max_length] for ids in real_tokens(dataset)]
     if text_column not in dataset.column_names:
         raise ValueError(
             f"The dataset has neither `input_ids` nor a column {text_column!r}, only {dataset.column_names}; name the "
@@ -182,6 +182,9 @@ def _tokenized(dataset: Dataset, processing_class: Any, text_column: str, max_le
     if processing_class is None:
         raise ValueError("Text needs a tokenizer: pass processing_class=AutoTokenizer.from_pretrained(...).")
     encoded = processing_class(list(dataset[text_column]), truncation=max_length is not None, max_length=max_length)
+    empty = next((index for index, ids in enumerate(encoded["input_ids"]) if not ids), None)
+    if empty is not None:
+        raise ValueError(f"Row {empty} has no token (an empty text?); drop such rows.")
     return encoded["input_ids"]
 
 

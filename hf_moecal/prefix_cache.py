@@ -51,7 +51,8 @@ class PrefixCache:
 
     Args:
         model (`PreTrainedModel`): a sequence classifier; everything before its last MoE block is frozen.
-        folder (`str` or `Path`): where the states are kept. States of other weights or another precision are dropped.
+        folder (`str` or `Path`): where the states are kept, each set of frozen weights and each precision in a folder
+            of its own; several runs may share it.
         dtype (`str`, *optional*): precision in which the frozen part runs, for example `"bfloat16"`; the model's own
             if unset. Another precision takes a copy of the model.
 
@@ -94,7 +95,7 @@ class PrefixCache:
         _check_frozen(frozen)
         self._block_dtype = next(self._site.block.parameters()).dtype
         self._dtype = self._block_dtype if dtype is None else _dtype(dtype)
-        self._identity = {"weights": fingerprint(frozen, model.config), "dtype": str(self._dtype)}
+        self._identity = f"{fingerprint(frozen, model.config)}-{str(self._dtype).removeprefix('torch.')}"
         self._pad = model.config.get_text_config().pad_token_id
         self._layout: dict[str, tuple[Any, list[torch.Size]]] = {}
         self._found: dict[str, Any] | None = None
@@ -102,8 +103,7 @@ class PrefixCache:
         self.computed = self.replayed = 0
 
     def __enter__(self) -> PrefixCache:
-        writer = str(torch.distributed.get_rank()) if torch.distributed.is_initialized() else "0"
-        self._store = StateStore(self._folder, identity=self._identity, dtype=self._dtype, writer=writer)
+        self._store = StateStore(self._folder / self._identity, dtype=self._dtype)
         self._runner = self._model
         if self._dtype != self._block_dtype:
             self._runner = copy.deepcopy(self._model).to(self._dtype)
@@ -135,7 +135,7 @@ class PrefixCache:
         positions = pooled_positions(ids, self._pad)
         pooled = ids.gather(1, positions[:, None])
         short = {**inputs, "input_ids": pooled, "attention_mask": torch.ones_like(pooled)}
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(devices=[] if ids.device.type == "cpu" else [ids.device]):
             found = self._unpacked(self._vectors(ids, mask, positions))
             if not self._verified:
                 self._verify({"input_ids": ids, "attention_mask": mask}, short, found)
@@ -153,18 +153,22 @@ class PrefixCache:
             progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
         """
         self._store.refresh()
-        waiting = {_key(ids, torch.ones_like(ids)): ids for ids in map(torch.tensor, sequences)}
+        if self._pad is None:
+            raise ValueError("The model has no padding token; set model.config.pad_token_id = tokenizer.pad_token_id.")
+        rows = map(torch.tensor, sequences)
+        waiting = {_key(ids, torch.ones_like(ids), pooled_positions(ids[None], self._pad)[0]): ids for ids in rows}
         waiting = sorted((ids for key, ids in waiting.items() if key not in self._store), key=len)
         device = next(self._model.parameters()).device
         with tqdm(total=len(waiting), desc="frozen layers", unit="seq", disable=not progress, delay=1) as bar:
             while waiting:
                 count = max(1, batch_tokens // len(waiting[-1]))
-                batch, waiting = waiting[-count:], waiting[:-count]
+                batch = waiting[-count:]
+                del waiting[-count:]
                 ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=self._pad)
                 lengths = torch.tensor([len(row) for row in batch])
                 mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
                 with torch.no_grad():
-                    self._vectors(ids.to(device), mask.to(device), (lengths - 1).to(device))
+                    self._vectors(ids.to(device), mask.to(device), pooled_positions(ids, self._pad).to(device))
                 bar.update(len(batch))
         self._store.flush()
 
@@ -178,7 +182,8 @@ class PrefixCache:
 
     def _vectors(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """One stored vector per sequence, `[B, D]`; those that are not stored yet are computed."""
-        keys = [_key(row[kept.bool()], kept) for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
+        rows = zip(ids.cpu(), mask.cpu(), positions.cpu(), strict=True)
+        keys = [_key(row[kept.bool()], kept, position) for row, kept, position in rows]
         if not all(key in self._store for key in keys):
             self._store.refresh()
         vectors = [self._store.get(key) for key in keys]
@@ -239,7 +244,7 @@ class PrefixCache:
                 hooks.callback(hook.remove)
             hooks.callback(site.block.register_forward_pre_hook(stop).remove)
             with suppress(_Recorded):
-                self._runner(input_ids=ids, attention_mask=mask, use_cache=False)
+                _run(self._runner, input_ids=ids, attention_mask=mask, use_cache=False)
         self._layout = {
             name: (structure, [None if leaf is None else leaf.shape[1:] for leaf in leaves])
             for name, (structure, leaves) in outputs.items()
@@ -251,16 +256,24 @@ class PrefixCache:
         """Compares a whole with a replayed forward, in evaluation mode."""
         training = self._model.training
         self._model.eval()
-        computed = self._model(**whole)["logits"]
+        computed = _run(self._model, **whole)["logits"]
         with self._giving(found):
-            replayed = self._model(input_ids=short["input_ids"], attention_mask=short["attention_mask"])["logits"]
+            pooled = {name: short[name] for name in ("input_ids", "attention_mask")}
+            replayed = _run(self._model, **pooled)["logits"]
         self._model.train(training)
         error = ((computed - replayed).abs().max() / computed.abs().max().clamp(min=1e-30)).item()
-        if not error <= (_EXACT if self._dtype == self._block_dtype else _ROUNDED):
+        exact = max(_EXACT, 10 * torch.finfo(self._block_dtype).eps)
+        if not error <= (exact if self._dtype == self._block_dtype else _ROUNDED):
             raise ValueError(
                 f"Replaying what comes before the last MoE block of {type(self._model).__name__} changes its logits "
                 f"by {error:.1e} of their scale; leave `prefix_cache` unset for this model."
             )
+
+
+def _run(model: nn.Module, **inputs: Any) -> Any:
+    """A forward in the weights' own precision, also where accelerate has wrapped the model's in autocast."""
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        return getattr(model, "_original_forward", model)(**inputs)
 
 
 def fingerprint(modules: list[nn.Module], config: Any) -> str:
@@ -275,9 +288,12 @@ def fingerprint(modules: list[nn.Module], config: Any) -> str:
     return digest.hexdigest()
 
 
-def _key(ids: Tensor, mask: Tensor) -> str:
-    start = mask.nonzero()[0].numpy().tobytes()  # left padding shifts positions
-    return hashlib.blake2b(ids.numpy().tobytes() + start, digest_size=16).hexdigest()
+def _key(ids: Tensor, mask: Tensor, position: Tensor) -> str:
+    if len(ids) == 0:
+        raise ValueError("A sequence of the batch has no token (an empty text?); drop such rows.")
+    start = int(mask.long().argmax())  # left padding shifts positions
+    content = f"{start} {int(position) - start} ".encode() + ids.numpy().tobytes()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _tokens(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

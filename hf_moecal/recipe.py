@@ -1,7 +1,7 @@
 """Recipes: one YAML file that says what is trained on what, and on which sets it is judged.
 
 ```yaml
-model: allenai/OLMoE-1B-7B-0125          # a Hub id or a folder
+model: Qwen/Qwen1.5-MoE-A2.7B            # a Hub id or a folder
 data:
   text: text                             # column to tokenize
   label: label                           # column with the class
@@ -110,6 +110,11 @@ def load_set(name: str, spec: Mapping[str, Any], recipe: Recipe) -> Dataset:
     kind = FILE_KINDS.get(Path(path).suffix)
     if kind is not None and not Path(path).is_file():
         raise ValueError(f"Set {name!r}: no file at {path!r}; fetch it first, or correct the path.")
+    given = [key for key in ("split", "name", "revision") if key in spec]
+    if kind is not None and given:
+        raise ValueError(
+            f"Set {name!r}: a file has no {', '.join(given)}; choose rows with `where: {{column: value}}`."
+        )
     if kind is not None:
         dataset = load_dataset(kind, data_files=path, split="train")
     else:

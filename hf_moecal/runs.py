@@ -7,6 +7,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from accelerate import PartialState
+
 from .predictions import predict
 from .prefix_cache import PrefixCache
 from .recipe import Recipe, expand, load_set
@@ -113,6 +115,7 @@ def predict_recipe(
         raise ValueError(f"The recipe has no set {missing or 'at all'}; it has {list(known)}.")
     if isinstance(model, str):
         model, tokenizer = load_classifier(model)
+        model.to(PartialState().device)
     else:
         from transformers import AutoTokenizer
 

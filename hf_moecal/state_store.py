@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -23,26 +24,26 @@ class _Record(NamedTuple):
 class StateStore:
     """A folder of tensors of one dtype, each under a key.
 
-    Every process appends to files of its own and reads everybody's. An index line follows its bytes, so what a killed
-    run leaves half-written is never taken for whole; a tensor whose checksum is wrong counts as absent.
+    Every store object appends to files of its own and reads everybody's, so any number of processes and runs can share
+    a folder. An index line follows its bytes: what a killed run leaves half-written is never taken for whole, and a
+    tensor whose checksum is wrong counts as absent.
 
     Args:
-        folder (`Path`): made if missing.
-        identity (`dict`): JSON values that the tensors depend on. Files of another identity are deleted.
+        folder (`Path`): made if missing. All that the tensors depend on belongs into its name.
         dtype (`torch.dtype`): of every tensor.
-        writer (`str`): name of this process's files.
     """
 
-    def __init__(self, folder: Path, *, identity: dict[str, Any], dtype: torch.dtype, writer: str):
-        self._folder, self._identity, self._dtype = folder, identity, dtype
+    def __init__(self, folder: Path, *, dtype: torch.dtype):
+        self._folder, self._dtype = folder, dtype
         folder.mkdir(parents=True, exist_ok=True)
+        writer = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self._states, self._index = folder / f"states-{writer}.bin", folder / f"index-{writer}.jsonl"
+        self._data: BinaryIO | None = None
+        self._lines: TextIO | None = None
         self._records: dict[str, _Record] = {}
         self._read_to: dict[Path, int] = {}
         self._maps: dict[Path, np.memmap] = {}
-        self._drop_strangers()
         self.refresh()
-        self._open()
 
     def __contains__(self, key: str) -> bool:
         return key in self._records
@@ -68,6 +69,9 @@ class StateStore:
         """Stores a tensor; a key that is there already keeps its tensor."""
         if key in self._records:
             return
+        if self._data is None or self._lines is None:  # a run that stores nothing leaves no files
+            self._data = open(self._states, "xb")
+            self._lines = open(self._index, "x", encoding="utf-8")
         data = tensor.detach().to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().tobytes()
         record = _Record(self._states, self._data.tell(), tuple(tensor.shape), zlib.crc32(data))
         self._data.write(data)
@@ -76,14 +80,16 @@ class StateStore:
 
     def flush(self) -> None:
         """Makes what was stored visible to other processes: the bytes first, then their index lines."""
-        self._data.flush()
-        self._lines.flush()
-        self._read_to[self._index] = self._index.stat().st_size
+        if self._data is not None and self._lines is not None:
+            self._data.flush()
+            self._lines.flush()
+            self._read_to[self._index] = self._index.stat().st_size
 
     def close(self) -> None:
-        self.flush()
-        self._data.close()
-        self._lines.close()
+        if self._data is not None and self._lines is not None:
+            self.flush()
+            self._data.close()
+            self._lines.close()
         self._maps.clear()
 
     def refresh(self) -> None:
@@ -98,37 +104,14 @@ class StateStore:
             whole = content[: content.rfind(b"\n") + 1]
             self._read_to[index] = start + len(whole)
             states = index.with_name(index.name.replace("index-", "states-").replace(".jsonl", ".bin"))
-            for line in whole.splitlines()[1 if start == 0 else 0 :]:
+            for line in whole.splitlines():
                 key, offset, shape, checksum = json.loads(line)
                 self._records[key] = _Record(states, offset, tuple(shape), checksum)  # the newest, if one was damaged
-
-    def _drop_strangers(self) -> None:
-        for index in self._folder.glob("index-*.jsonl"):
-            try:
-                with open(index, encoding="utf-8") as file:
-                    known = json.loads(file.readline()) == self._identity
-            except (json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError):
-                known = False
-            if not known:
-                index.unlink(missing_ok=True)
-                index.with_name(index.name.replace("index-", "states-").replace(".jsonl", ".bin")).unlink(
-                    missing_ok=True
-                )
-
-    def _open(self) -> None:
-        new = not self._index.exists()
-        if not new:
-            os.truncate(self._index, self._read_to[self._index])  # a line cut by a kill must not join the next one
-        self._data = open(self._states, "ab")
-        self._lines = open(self._index, "a", encoding="utf-8")
-        if new:
-            self._lines.write(json.dumps(self._identity) + "\n")
-            self.flush()
 
     def _mapped(self, states: Path, end: int) -> np.memmap | bytes:
         current = self._maps.get(states)
         if current is None or len(current) < end:
-            if states == self._states:
+            if states == self._states and self._data is not None:
                 self._data.flush()
             if states.stat().st_size == 0:
                 return b""

@@ -104,6 +104,25 @@ def supervise_lm(inputs: Mapping[str, Any], *, per_token: bool) -> Supervision:
     return Supervision(tokens, shifted.reshape(-1)[tokens], example, rows, count)
 
 
+def real_tokens(dataset: Any) -> list[list[int]]:
+    """Token ids of every row of a dataset, without what its `attention_mask` (if it has one) marks as padding.
+
+    Raises:
+        ValueError: a row has no token.
+    """
+    rows = [list(map(int, ids)) for ids in dataset["input_ids"]]
+    if "attention_mask" in dataset.column_names:
+        masks = dataset["attention_mask"]
+        rows = [
+            [token for token, kept in zip(ids, mask, strict=True) if kept]
+            for ids, mask in zip(rows, masks, strict=True)
+        ]
+    empty = next((index for index, ids in enumerate(rows) if not ids), None)
+    if empty is not None:
+        raise ValueError(f"Row {empty} has no token (an empty text?); drop such rows.")
+    return rows
+
+
 def _ids_and_labels(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     for name in ("input_ids", "labels"):
         if inputs.get(name) is None:

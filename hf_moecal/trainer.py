@@ -23,7 +23,7 @@ from .metrics import calibration_metrics
 from .objectives import example_losses
 from .prefix_cache import PrefixCache
 from .probes import ExpertProbe, find_moe_layers, probe_experts
-from .tasks import RowSelector, Supervision, supervise_classification, supervise_lm
+from .tasks import RowSelector, Supervision, real_tokens, supervise_classification, supervise_lm
 from .training_args import MoECalArguments
 from .window import BatchSummary, Measurement, RandomState, Window
 
@@ -58,12 +58,18 @@ class MoECalMixin:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as `Trainer.train` does, with the expert probe and the frozen-prefix cache in place."""
         with self._instrumented():
-            if self._prefix is not None and "input_ids" in getattr(self.train_dataset, "column_names", ()):
-                self._prefix.fill(self.train_dataset["input_ids"], progress=not self.args.disable_tqdm)
+            columns = getattr(self.train_dataset, "column_names", None) or ()
+            if self._prefix is not None and "input_ids" in columns and hasattr(self.train_dataset, "__len__"):
+                self._prefix.fill(real_tokens(self.train_dataset), progress=not self.args.disable_tqdm)
             return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Serves `evaluate` and `predict`; over a dict of sets `evaluate` gives `eval_<set>_ece` and the like."""
+        if self.args.task == "lm" and not (kwargs.get("prediction_loss_only") or self.args.prediction_loss_only):
+            raise ValueError(
+                "task='lm' computes logits at the judged positions only, so they cannot be collected; use "
+                "evaluate() without `compute_metrics` for the loss, or a plain transformers.Trainer to predict."
+            )
         with self._instrumented():
             return super().evaluation_loop(*args, **kwargs)
 
@@ -116,7 +122,7 @@ class MoECalMixin:
 
         revision, token = kwargs.pop("revision", None), kwargs.pop("token", None) or self.args.hub_token
         kwargs.pop("blocking", None)  # one commit is over when the call is
-        self.save_model()
+        self.save_model(_internal_call=True)  # which otherwise publishes, and so comes back here
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**kwargs)

@@ -10,6 +10,7 @@ from .objectives import OBJECTIVES, TAU_DISAGREEMENT, TAU_REGRET, unknown_object
 
 
 TASKS = ("classification", "lm")
+_LOWER_IS_BETTER = ("ece", "ece_debiased", "nll", "brier")
 TRAIN_PRESETS = ("all", "last_moe_layer")
 
 
@@ -36,8 +37,8 @@ class MoECalArguments(TrainingArguments):
             or `"lm"` (a causal language model, labels at supervised positions).
         example (`str`, *optional*, defaults to `"sequence"`): for `task="lm"`, what counts as one example of the
             objective: a `"sequence"` (mean over its supervised tokens) or a `"token"`.
-        train (`str`, *optional*, defaults to `"all"`): what trains: `"all"`, `"last_moe_layer"` (from the last MoE
-            layer's decoder layer to the head).
+        train (`str`, *optional*, defaults to `"all"`): what trains: `"all"` or `"last_moe_layer"` (router and
+            experts of the last MoE layer, the final norm and the head).
         prefix_cache (`str`, *optional*): folder for the hidden states of the frozen layers, computed once and replayed
             in every epoch. Needs `train="last_moe_layer"`.
         prefix_cache_dtype (`str`, *optional*): precision in which the frozen layers run for the cache, for example
@@ -79,6 +80,8 @@ class MoECalArguments(TrainingArguments):
 
     def __post_init__(self):
         self._check()
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(_LOWER_IS_BETTER):
+            self.greater_is_better = False  # TrainingArguments would take any metric that is no loss for a score
         super().__post_init__()
 
     def _check(self) -> None:
@@ -96,6 +99,10 @@ class MoECalArguments(TrainingArguments):
         if self.relevance_quantile is not None and not 0 < self.relevance_quantile <= 1:
             raise ValueError(
                 f"`relevance_quantile` must lie in (0, 1], got {self.relevance_quantile}; 0.3 keeps the top 30 %."
+            )
+        if (self.metric_for_best_model or "").endswith("signed_gap"):
+            raise ValueError(
+                "`metric_for_best_model` cannot be a signed gap, which is best at 0; choose the ece or nll of the set."
             )
         if self.objective == "label_smoothing":
             self.label_smoothing_factor = self.label_smoothing_factor or 0.1

@@ -99,10 +99,10 @@ def calibrate(tables: dict[str, Dataset], output: Path) -> dict[str, Dataset]:
     erm = tables["ERM"]
     validation = erm.filter(in_validation, desc="select")
     temperature = TemperatureCalibrator().fit(validation)
-    fitted = {"erm": ("ERM", temperature), "robust_filtered": ("Robust Filtered", IdentityCalibrator())}
+    untouched = IdentityCalibrator().fit(tables["Robust Filtered"].filter(in_validation, desc="select"))
+    fitted = {"erm": ("ERM", temperature), "robust_filtered": ("Robust Filtered", untouched)}
     for folder, (name, calibrator) in fitted.items():
         table = tables[name]
-        calibrator = calibrator.fit(table.filter(in_validation, desc="select"))
         test = table.filter(in_domain, desc="select")
         write_calibration(
             output / folder,

@@ -363,7 +363,8 @@ def test_the_trainer_publishes_with_its_record(hub, tmp_path):
     folder.mkdir()
     model, data = saved(folder, vocab_size=32), {"input_ids": [[4, 5, 6], [7, 8, 9]], "label": [0, 1]}
     args = MoECalArguments(
-        str(folder), hub_model_id="org/run", hub_token=TOKEN, objective="erm", max_steps=1, report_to="none",
+        str(folder), push_to_hub=True,
+        hub_model_id="org/run", hub_token=TOKEN, objective="erm", max_steps=1, report_to="none",
         save_strategy="no", disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
     train = Dataset.from_dict({**data, "id": ["row-1", "row-2"]})

@@ -73,6 +73,17 @@ def test_the_prefix_cache_changes_no_prediction(model, data, tmp_path):
         parameter.requires_grad_(before)
 
 
+def test_padding_in_the_dataset_and_tensor_format(model, data):
+    expected = predict(model, data, progress=False, layer=None)["logits"][:]
+    padded = [[0] * (12 - len(ids)) + ids for ids in data["input_ids"]]
+    masks = [[0] * (12 - len(ids)) + [1] * len(ids) for ids in data["input_ids"]]
+    left = Dataset.from_dict({"input_ids": padded, "attention_mask": masks, "label": data["label"]})
+    for dataset in (left, data.with_format("torch")):
+        torch.testing.assert_close(
+            torch.tensor(predict(model, dataset, progress=False, layer=None)["logits"][:]), torch.tensor(expected)
+        )
+
+
 def test_a_calibration_that_needs_the_table_is_applied(model, data):
     class ReadsRouting(TemperatureCalibrator):
         reads = ("routing_entropy",)
@@ -92,6 +103,7 @@ def test_bad_input_is_named(model):
     text = Dataset.from_dict({"sentence": ["a"]})
     for dataset, message, kwargs in [
         (Dataset.from_dict({"input_ids": []}), "The dataset is empty", {}),
+        (Dataset.from_dict({"input_ids": [[1], []]}), r"Row 1 has no token \(an empty text\?\)", {}),
         (text, r"neither `input_ids` nor a column 'text', only \['sentence'\]", {}),
         (text, "Text needs a tokenizer", {"text_column": "sentence"}),
         (Dataset.from_dict({"input_ids": [[1]], "label": ["good"]}), "must hold integer classes, found 'good'", {}),

@@ -26,7 +26,7 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     for name, topic in {"movie": "film", "movie_test": "film", "tweets": "food"}.items():
         rows = [{**row, "domain": topic} for row in sentences(topic, 24)]
         Dataset.from_list(rows).to_parquet(str(tmp_path / f"{name}.parquet"))
-    code = code.replace("allenai/OLMoE-1B-7B-0125", str(tmp_path / "model"))
+    code = code.replace("Qwen/Qwen1.5-MoE-A2.7B", str(tmp_path / "model"))
     code = code.replace('MoECalArguments("out",', 'MoECalArguments("out", report_to="none", use_cpu=True,')
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})

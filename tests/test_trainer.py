@@ -383,7 +383,7 @@ def test_best_model_is_exactly_the_best_checkpoint(tmp_path):
     rows = classification_data()
     args = checkpointing(
         tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, learning_rate=0.3,
-        metric_for_best_model="eval_tweets_ece", greater_is_better=False,
+        metric_for_best_model="eval_tweets_ece",
     )  # fmt: skip
     _, trainer = trained_gradients(classification_model(), rows, args, eval_dataset={"tweets": rows})
     best = MixtralForSequenceClassification.from_pretrained(trainer.state.best_model_checkpoint)
@@ -426,6 +426,7 @@ def test_last_moe_layer_trains_alone_and_the_prefix_cache_changes_nothing(tmp_pa
         (dict(example="word"), "`example` must be one of sequence, token"),
         (dict(train="head"), "`train` must be one of all, last_moe_layer"),
         (dict(label_smoothing_factor=0.1), "has no effect on objective='robust_filtered'"),
+        (dict(metric_for_best_model="eval_tweets_signed_gap"), "cannot be a signed gap"),
         (dict(prefix_cache="x"), "`prefix_cache` needs frozen first layers, but train='all'"),
     ],
 )
@@ -459,6 +460,26 @@ def test_bad_datasets_and_models_are_named(tmp_path):
     rows[0]["labels"] = CLASSES
     with pytest.raises(ValueError, match="Label 3 is out of range for 3 classes"):
         trained_gradients(model, rows, arguments(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+def test_an_adapter_is_not_trained_past(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(classification_model(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="would train weights that an adapter does not save"):
+        MoECalTrainer(
+            model=model, args=arguments(tmp_path, train="last_moe_layer"), train_dataset=classification_data()
+        )
+
+
+def test_logits_of_a_language_model_are_not_collected(tmp_path):
+    rows = language_data()
+    trainer = MoECalTrainer(
+        model=language_model(), args=arguments(tmp_path, task="lm"), train_dataset=rows, data_collator=collate
+    )
+    with pytest.raises(ValueError, match="computes logits at the judged positions only"):
+        trainer.predict(rows)
 
 
 def test_losses_that_are_nan_stop_training(tmp_path):

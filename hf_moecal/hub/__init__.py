@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from hf_moecal.calibration.base import Table
 
 
-"""Attribute of a model whose calibration needs more than logits: a calibrator for its predictions table."""
-
 _STATED_VERSIONS = ("hf_moecal", "transformers", "torch", "numpy", "scikit-learn")
 
 
