@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--sets", nargs="+", help="groups of the recipe, train or validation (default: all groups)")
     predict.add_argument("--output", required=True, help="Parquet file to write")
     predict.add_argument("--batch-size", type=int, default=32)
+    predict.add_argument("--hard-routing", type=int, metavar="K", help="keep only the K strongest experts per token")
 
     evaluate = command("evaluate", _evaluate, "Print the calibration figures of a predictions table, per group.")
     evaluate.add_argument("table", nargs="?", help="predictions table: .parquet, .jsonl or .csv")
@@ -80,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("tables", nargs="+", metavar="NAME=TABLE", help="method and its predictions table")
     report.add_argument("--output", required=True, help="folder to write")
     report.add_argument("--title", default="Calibration report")
+    report.add_argument(
+        "--hard-routed", nargs="+", default=(), metavar="NAME=TABLE", help="the same methods' predict --hard-routing 1"
+    )
     report.add_argument("--hard", help="boolean column that marks the hard subset")
 
     _add_monitor(command("monitor", _monitor, "Compare a log with a reference; exit code 1 on drift."))
@@ -128,7 +132,9 @@ def _predict(options: Options) -> None:
     from .runs import predict_recipe
 
     recipe = load_recipe(options.config)
-    table = predict_recipe(recipe, model=options.model, sets=options.sets, batch_size=options.batch_size)
+    table = predict_recipe(
+        recipe, model=options.model, sets=options.sets, batch_size=options.batch_size, hard_top_k=options.hard_routing
+    )
     table.to_parquet(options.output)
     print(f"{len(table):,} rows, {len(table.column_names)} columns: {options.output}")
 
@@ -182,12 +188,18 @@ def _report(options: Options) -> None:
     from .report import write_report
     from .table import read_table
 
-    pairs = [item.partition("=") for item in options.tables]
-    wrong = [name for name, sign, path in pairs if not sign or not path]
-    if wrong:
-        raise ValueError(f"tables are given as NAME=FILE, as in ERM=erm.parquet; got {wrong[0]!r}.")
-    tables = {name: read_table(path) for name, _, path in pairs}
-    print(f"report: {write_report(tables, options.output, title=options.title, hard=options.hard)}")
+    def named(items: Sequence[str]) -> dict[str, Dataset]:
+        pairs = [item.partition("=") for item in items]
+        wrong = [name for name, sign, path in pairs if not sign or not path]
+        if wrong:
+            raise ValueError(f"tables are given as NAME=FILE, as in ERM=erm.parquet; got {wrong[0]!r}.")
+        return {name: read_table(path) for name, _, path in pairs}
+
+    tables, hard_routed = named(options.tables), named(options.hard_routed)
+    written = write_report(
+        tables, options.output, title=options.title, hard=options.hard, hard_routed=hard_routed or None
+    )
+    print(f"report: {written}")
 
 
 def _monitor(options: Options) -> int:

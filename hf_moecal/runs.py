@@ -11,6 +11,7 @@ from accelerate import PartialState
 
 from .predictions import predict
 from .prefix_cache import PrefixCache
+from .probes import hard_routing
 from .recipe import Recipe, expand, load_set
 from .trainer import MoECalTrainer
 from .training_args import MoECalArguments
@@ -92,7 +93,12 @@ def train_recipe(recipe: Recipe, *, overrides: Sequence[str] = (), resume: bool 
 
 
 def predict_recipe(
-    recipe: Recipe, *, model: str | PreTrainedModel, sets: Sequence[str] | None = None, batch_size: int = 32
+    recipe: Recipe,
+    *,
+    model: str | PreTrainedModel,
+    sets: Sequence[str] | None = None,
+    batch_size: int = 32,
+    hard_top_k: int | None = None,
 ) -> Dataset:
     """The predictions table of a model on the recipe's sets; the column `group` names the set.
 
@@ -101,6 +107,7 @@ def predict_recipe(
         model (`str` or `PreTrainedModel`): Hub id, folder, or a model whose tokenizer is the recipe's.
         sets (`Sequence[str]`, *optional*): names among the groups, `"train"` and `"validation"`; all groups if unset.
         batch_size (`int`): sequences per forward.
+        hard_top_k (`int`, *optional*): predict under [`~hf_moecal.hard_routing`] with this many experts per token.
 
     Raises:
         ValueError: the recipe has no such set, or none.
@@ -122,10 +129,11 @@ def predict_recipe(
         tokenizer = AutoTokenizer.from_pretrained(recipe.model)
     settings = recipe.arguments
     cached = nullcontext()
-    if settings.get("prefix_cache") is not None:
+    if settings.get("prefix_cache") is not None and hard_top_k is None:  # hard routing changes earlier layers too
         model.requires_grad_(False)
         cached = PrefixCache(model, expand(settings["prefix_cache"]), dtype=settings.get("prefix_cache_dtype"))
-    with cached as prefix:
+    hard = nullcontext() if hard_top_k is None else hard_routing(model, top_k=hard_top_k)
+    with cached as prefix, hard:
         tables = [
             predict(
                 model,

@@ -120,7 +120,12 @@ def test_calibrate_refuses_training_rows_and_writes_beside_the_weights(trained, 
 
 def test_report_monitor_and_probe(trained, capsys):
     table = str(trained / "table.parquet")
-    assert main(["report", f"ours={table}", "--output", str(trained / "report")]) == 0
+    hard = str(trained / "hard.parquet")
+    made = ["--config", str(trained / "recipe.yaml"), "--output", hard, "--hard-routing", "1"]
+    assert main(["predict", "--model", str(trained / "out"), *made]) == 0
+    sets = ["report", f"ours={table}", "--hard-routed", f"ours={hard}"]
+    assert main([*sets, "--output", str(trained / "report")]) == 0
+    assert json.loads((trained / "report" / "metrics.json").read_text())["routing"]["hard_against_soft"]
     assert (trained / "report" / "report.html").is_file()
     capsys.readouterr()
     assert main(["monitor", "--reference", table, "--current", table, "--json"]) == 0
