@@ -15,7 +15,7 @@ from .prefix_cache import PrefixCache
 from .probes import ExpertProbe, probe_experts
 from .probes.agreement import disagreement, regret
 from .table import COLUMNS, IGNORED_LABEL
-from .tasks import pooled_positions, real_tokens
+from .tasks import pooled_positions, real_tokens, without_empty
 
 
 if TYPE_CHECKING:
@@ -182,10 +182,7 @@ def _tokenized(dataset: Dataset, processing_class: Any, text_column: str, max_le
     if processing_class is None:
         raise ValueError("Text needs a tokenizer: pass processing_class=AutoTokenizer.from_pretrained(...).")
     encoded = processing_class(list(dataset[text_column]), truncation=max_length is not None, max_length=max_length)
-    empty = next((index for index, ids in enumerate(encoded["input_ids"]) if not ids), None)
-    if empty is not None:
-        raise ValueError(f"Row {empty} has no token (an empty text?); drop such rows.")
-    return encoded["input_ids"]
+    return without_empty(encoded["input_ids"])
 
 
 def _labels(dataset: Dataset) -> list[int]:

@@ -117,6 +117,11 @@ def real_tokens(dataset: Any) -> list[list[int]]:
             [token for token, kept in zip(ids, mask, strict=True) if kept]
             for ids, mask in zip(rows, masks, strict=True)
         ]
+    return without_empty(rows)
+
+
+def without_empty(rows: list[list[int]]) -> list[list[int]]:
+    """The rows, if each has a token; raises a `ValueError` that names the first that has none."""
     empty = next((index for index, ids in enumerate(rows) if not ids), None)
     if empty is not None:
         raise ValueError(f"Row {empty} has no token (an empty text?); drop such rows.")
