@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .objectives import check_labels
 from .table import IGNORED_LABEL
@@ -138,46 +137,3 @@ def _ids_and_labels(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     if inputs["input_ids"].dim() != 2:
         raise ValueError(f"`input_ids` must be [B, S], got {tuple(inputs['input_ids'].shape)}.")
     return inputs["input_ids"], inputs["labels"]
-
-
-class RowSelector:
-    """Makes a language model's output embedding compute logits at the chosen positions only.
-
-    Full logits of a long batch over a large vocabulary take gigabytes; those of the supervised positions do not.
-    A pre-hook on `model.get_output_embeddings()` selects rows of the hidden states, so the model's own forward (with
-    its soft-capping or scaling) does the rest and `outputs.logits` comes out as `[1, n, V]`. A context manager: the
-    hook is gone on exit.
-
-    Raises:
-        ValueError: the model has no output embedding.
-    """
-
-    def __init__(self, model: nn.Module):
-        self._head = model.get_output_embeddings()
-        if self._head is None:
-            raise ValueError(
-                f"{type(model).__name__} has no output embedding; task='lm' needs an AutoModelForCausalLM."
-            )
-        self._tokens: Tensor | None = None
-
-    def __enter__(self) -> RowSelector:
-        self._handle = self._head.register_forward_pre_hook(self._select)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._handle.remove()
-
-    @contextmanager
-    def selecting(self, tokens: Tensor | None) -> Iterator[None]:
-        """Within the block, forwards compute logits at `tokens` (flat indices into B*S) only; all if `None`."""
-        before, self._tokens = self._tokens, tokens
-        try:
-            yield
-        finally:
-            self._tokens = before
-
-    def _select(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self._tokens is None:
-            return None
-        hidden = args[0]
-        return (hidden.reshape(-1, hidden.shape[-1])[self._tokens].unsqueeze(0), *args[1:])

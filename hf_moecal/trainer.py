@@ -8,7 +8,7 @@ coefficient c_i = dF/dl_i; each micro-batch then back-propagates sum_i c_i l_i.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,11 @@ from transformers import PreTrainedModel, Trainer
 from .checkpoints import restore_weights
 from .freezing import set_trainable
 from .hub.checkpoint_files import write_training_record
+from .judge import Judge
 from .metrics import calibration_metrics
-from .objectives import example_losses
-from .prefix_cache import PrefixCache
-from .probes import ExpertProbe, find_moe_layers, probe_experts
-from .tasks import RowSelector, Supervision, real_tokens, supervise_classification, supervise_lm
+from .probes import find_moe_layers
 from .training_args import MoECalArguments
-from .window import BatchSummary, Measurement, RandomState, Window
+from .window import BatchSummary, RandomState, Window
 
 
 class MoECalMixin:
@@ -43,11 +41,7 @@ class MoECalMixin:
             find_moe_layers(self.model)  # refuses a model without mixtures now, not after the warm-up
         self._window: Window | None = None
         self._measuring: int | None = None
-        self._supervision: Supervision | None = None
-        self._selector: RowSelector | None = None
-        self._probe: ExpertProbe | None = None
-        self._prefix: PrefixCache | None = None
-        self._instruments: ExitStack | None = None
+        self._judge: Judge | None = None
         self._summaries: list[BatchSummary] = []
         self.compute_loss_func = self._objective_loss
         if self.compute_metrics is None and args.task == "classification":
@@ -57,10 +51,8 @@ class MoECalMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as `Trainer.train` does, with the expert probe and the frozen-prefix cache in place."""
-        with self._instrumented():
-            columns = getattr(self.train_dataset, "column_names", None) or ()
-            if self._prefix is not None and "input_ids" in columns and hasattr(self.train_dataset, "__len__"):
-                self._prefix.fill(real_tokens(self.train_dataset), progress=not self.args.disable_tqdm)
+        with self._judged():
+            self._judge.prepare(self.train_dataset)
             return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -70,7 +62,7 @@ class MoECalMixin:
                 "task='lm' computes logits at the judged positions only, so they cannot be collected; use "
                 "evaluate() without `compute_metrics` for the loss, or a plain transformers.Trainer to predict."
             )
-        with self._instrumented():
+        with self._judged():
             return super().evaluation_loop(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
@@ -99,7 +91,7 @@ class MoECalMixin:
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         # Without the count, Trainer does not multiply by the world size: our mean is over the whole batch already.
-        with self._judging(inputs) as inputs:
+        with self._judge.batch(inputs) as inputs:
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -174,7 +166,7 @@ class MoECalMixin:
         window = self._window
         if not (self.args.is_robust and window.eta > 0):
             if window.size > 1:
-                counts = [self._supervise(self._prepare_inputs(batch)).num_examples for batch in window.batches]
+                counts = [self._judge.supervise(self._prepare_inputs(batch)).num_examples for batch in window.batches]
                 window.weigh_equally(counts, accelerator=self.accelerator)
             return
         model.train()
@@ -182,25 +174,16 @@ class MoECalMixin:
             window.random_states[index] = RandomState.current(self.args.device)
             inputs = self._prepare_inputs(window.batches[index])
             self._measuring = index
-            with torch.no_grad(), self.compute_loss_context_manager(), self._judging(inputs) as inputs:
+            with torch.no_grad(), self.compute_loss_context_manager(), self._judge.batch(inputs) as inputs:
                 Trainer.compute_loss(self, model, inputs)  # a subclass's own metrics count the other pass
         self._measuring = None
 
     def _objective_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        supervision, window = self._supervision, self._window
-        logits = self._judged_logits(outputs, supervision)
+        window = self._window
         if self._measuring is None:  # evaluation
-            return supervision.mean_by_example(example_losses(logits, supervision.labels)).mean()
-        losses = supervision.mean_by_example(
-            example_losses(
-                logits,
-                supervision.labels,
-                objective=self.args.objective,
-                label_smoothing=self.args.label_smoothing_factor,
-                focal_gamma=self.args.focal_gamma,
-            )
-        )
-        window.measured[self._measuring] = self._measure(losses, supervision)
+            return self._judge.losses(outputs, plain=True).mean()
+        losses = self._judge.losses(outputs)
+        window.measured[self._measuring] = self._judge.measure(losses)
         if not torch.is_grad_enabled():
             return losses.sum()
         if window.coefficients is None:
@@ -209,16 +192,6 @@ class MoECalMixin:
         # Gradients are averaged over processes, hence the factor. The constant makes the logged loss F's value.
         return self.accelerator.num_processes * (own * losses).sum() + window.constant()
 
-    @torch.no_grad()
-    def _measure(self, losses: Tensor, supervision: Supervision) -> Measurement:
-        regret = disagreement = torch.full_like(losses, float("nan"), dtype=torch.float64)  # not measured
-        if self._probe is not None and len(losses):
-            tokens, labels = supervision.tokens, supervision.labels
-            with self._selecting(None):  # the probe calls the head on rows of its own choice
-                found = self._probe.disagreement_and_regret(tokens, labels)
-            disagreement, regret = (supervision.mean_by_example(values.double()) for values in found)
-        return Measurement(losses.detach().double(), regret, disagreement)
-
     def _close(self, window: Window) -> None:
         if window.summary is None:
             window.weigh(self.args, accelerator=self.accelerator)
@@ -226,48 +199,17 @@ class MoECalMixin:
         if window.size > 1:  # replays went back in time: the next window must not reuse this one's random numbers
             window.frontier.restore(self.args.device)
 
-    # What a batch is judged on.
-
-    def _supervise(self, inputs: Mapping[str, Any]) -> Supervision:
-        if self.args.task == "lm":
-            return supervise_lm(inputs, per_token=self.args.example == "token")
-        config = self.model.config.get_text_config()
-        return supervise_classification(inputs, config.pad_token_id, self.model.config.num_labels)
-
     @contextmanager
-    def _judging(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Gives the batch to run, as short as it can be, and knows within the block what it is judged on."""
-        with nullcontext(dict(inputs)) if self._prefix is None else self._prefix.replaying(inputs) as batch:
-            self._supervision = self._supervise(batch)
-            with self._selecting(self._supervision.tokens):
-                yield batch
-
-    def _selecting(self, tokens: Tensor | None) -> AbstractContextManager[None]:
-        return nullcontext() if self._selector is None else self._selector.selecting(tokens)
-
-    def _judged_logits(self, outputs: Any, supervision: Supervision) -> Tensor:
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        return logits[0] if self._selector else logits[supervision.rows]
-
-    @contextmanager
-    def _instrumented(self) -> Iterator[None]:
-        """Attaches probe, row selector and prefix cache; entered again, as training evaluates, does nothing."""
-        if self._instruments is not None:
+    def _judged(self) -> Iterator[None]:
+        """Attaches the judge to the model; entered again, as training evaluates, does nothing."""
+        if self._judge is not None:
             yield
             return
-        with ExitStack() as self._instruments:
+        with Judge(self.model, self.args) as self._judge:
             try:
-                if self.args.task == "lm":
-                    self._selector = self._instruments.enter_context(RowSelector(self.model))
-                if self.args.prefix_cache is not None:
-                    cache = PrefixCache(self.model, self.args.prefix_cache, dtype=self.args.prefix_cache_dtype)
-                    self._prefix = self._instruments.enter_context(cache)
-                if self.args.objective == "robust_filtered":
-                    probe = probe_experts(self.model, layer=self.args.probe_layer)
-                    self._probe = self._instruments.enter_context(probe)
                 yield
             finally:
-                self._instruments = self._selector = self._probe = self._prefix = None
+                self._judge = None
 
 
 class MoECalTrainer(MoECalMixin, Trainer):

@@ -1,0 +1,119 @@
+"""The output embedding of a language model, at chosen positions and in chunks.
+
+Full logits of a long batch over a large vocabulary take gigabytes; those of the supervised positions do not, and where
+most positions are supervised only one chunk of them exists at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from .probes.capture import autocast_state
+from .probes.replay import patched
+
+
+CHUNK_ELEMENTS = 2**23  # logits of one chunk: 32 MiB in float32, twice as much with their log-probabilities
+
+
+class RowSelector:
+    """Makes a language model compute logits at the chosen positions only. A context manager: it leaves no hook.
+
+    A pre-hook on `model.get_output_embeddings()` selects rows of the hidden states, so the model's own forward (with
+    its soft-capping or scaling) does the rest and `outputs.logits` comes out as `[1, n, V]`. Where that is more than
+    [`CHUNK_ELEMENTS`], the forward computes one row, and `reduced` the others, chunk by chunk, again through the
+    model's own forward with its body stubbed; each chunk is computed again in the backward pass.
+
+    Args:
+        model (`nn.Module`): a causal language model.
+        quiet (`Callable`, *optional*): makes a context in which forwards leave no trace in whoever watches the model.
+
+    Raises:
+        ValueError: the model has no output embedding.
+    """
+
+    def __init__(self, model: nn.Module, *, quiet: Callable[[], AbstractContextManager[None]] = nullcontext):
+        self._head = model.get_output_embeddings()
+        if self._head is None:
+            raise ValueError(
+                f"{type(model).__name__} has no output embedding; task='lm' needs an AutoModelForCausalLM."
+            )
+        self._outer = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+        self._base = getattr(self._outer, self._outer.base_model_prefix, self._outer)
+        self._vocabulary = self._outer.config.get_text_config().vocab_size
+        self._quiet = quiet
+        self._autocast: dict[str, Any] = {}
+        self._tokens: Tensor | None = None
+        self._rows: Tensor | None = None
+
+    def __enter__(self) -> RowSelector:
+        self._handles = [
+            self._head.register_forward_pre_hook(self._select),
+            self._base.register_forward_hook(self._keep),
+        ]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def selecting(self, tokens: Tensor | None) -> Iterator[None]:
+        """Within the block, forwards compute logits at `tokens` (flat indices into B*S) only; all if `None`."""
+        before = self._tokens, self._rows
+        self._tokens, self._rows = tokens, None
+        try:
+            yield
+        finally:
+            self._tokens, self._rows = before
+
+    def reduced(self, logits: Tensor, reduce: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        """`reduce(part, logits [c, V])` over chunks of the chosen positions, joined: `[n, ...]`.
+
+        Args:
+            logits (`Tensor`): of the forward inside this `selecting` block.
+            reduce (`Callable`): maps a slice of the positions and their logits to one row for each.
+        """
+        rows = self._rows
+        if rows is None:
+            return reduce(slice(None), logits[0])
+        size = max(1, CHUNK_ELEMENTS // self._vocabulary)
+        parts = [slice(start, start + size) for start in range(0, len(rows), size)]
+
+        def answer(part: slice, hidden: Tensor) -> Tensor:
+            return reduce(part, self._logits(hidden))
+
+        if not torch.is_grad_enabled():
+            return torch.cat([answer(part, rows[part]) for part in parts])
+        return torch.cat([checkpoint(answer, part, rows[part], use_reentrant=False) for part in parts])
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        def stub(*args: Any, **kwargs: Any) -> BaseModelOutput:
+            return BaseModelOutput(last_hidden_state=hidden[None])
+
+        tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        autocast = torch.autocast(**self._autocast)
+        with self._quiet(), self.selecting(None), autocast, patched({self._base: stub}):
+            return self._outer(input_ids=tokens, use_cache=False).logits[0]
+
+    def _chunked(self) -> bool:
+        many = self._tokens is not None and len(self._tokens) * self._vocabulary > CHUNK_ELEMENTS
+        return many and self._base is not self._outer
+
+    def _keep(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._chunked():
+            hidden, self._autocast = output[0], autocast_state(module)
+            self._rows = hidden.reshape(-1, hidden.shape[-1])[self._tokens]
+
+    def _select(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self._tokens is None:
+            return None
+        hidden, tokens = args[0], self._tokens[:1] if self._chunked() else self._tokens
+        return (hidden.reshape(-1, hidden.shape[-1])[tokens].unsqueeze(0), *args[1:])

@@ -1,0 +1,107 @@
+"""How a batch is judged while a model trains: run as short as it can be, it gives losses, regret and disagreement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .head import RowSelector
+from .objectives import example_losses
+from .prefix_cache import PrefixCache
+from .probes import ExpertProbe, probe_experts
+from .tasks import Supervision, real_tokens, supervise_classification, supervise_lm
+from .training_args import MoECalArguments
+from .window import Measurement
+
+
+class Judge:
+    """Attaches to a model what its arguments need (row selector, prefix cache, expert probe) and reads its forwards.
+
+    ```python
+    with Judge(model, args) as judge, judge.batch(inputs) as batch:
+        losses = judge.losses(model(**batch))
+    ```
+
+    Args:
+        model (`nn.Module`): the model, not yet wrapped for distribution.
+        args ([`MoECalArguments`]): which task, which objective.
+    """
+
+    def __init__(self, model: nn.Module, args: MoECalArguments):
+        self._model, self._args = model, args
+        self._selector: RowSelector | None = None
+        self._probe: ExpertProbe | None = None
+        self._prefix: PrefixCache | None = None
+        self._supervision: Supervision | None = None
+
+    def __enter__(self) -> Judge:
+        with ExitStack() as stack:
+            if self._args.prefix_cache is not None:
+                cache = PrefixCache(self._model, self._args.prefix_cache, dtype=self._args.prefix_cache_dtype)
+                self._prefix = stack.enter_context(cache)
+            if self._args.objective == "robust_filtered":
+                self._probe = stack.enter_context(probe_experts(self._model, layer=self._args.probe_layer))
+            if self._args.task == "lm":
+                quiet = nullcontext if self._probe is None else self._probe.paused
+                self._selector = stack.enter_context(RowSelector(self._model, quiet=quiet))
+            self._instruments = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._instruments.close()
+
+    def prepare(self, dataset: Any) -> None:
+        """Fills the prefix cache with a tokenized dataset, so that no epoch waits for it."""
+        columns = getattr(dataset, "column_names", None) or ()
+        if self._prefix is not None and "input_ids" in columns and hasattr(dataset, "__len__"):
+            self._prefix.fill(real_tokens(dataset), progress=not self._args.disable_tqdm)
+
+    def supervise(self, inputs: Mapping[str, Any]) -> Supervision:
+        """The judged rows of a batch."""
+        if self._args.task == "lm":
+            return supervise_lm(inputs, per_token=self._args.example == "token")
+        config = self._model.config.get_text_config()
+        return supervise_classification(inputs, config.pad_token_id, self._model.config.num_labels)
+
+    @contextmanager
+    def batch(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Gives the batch to run, as short as it can be; within the block a forward of it can be judged."""
+        with nullcontext(dict(inputs)) if self._prefix is None else self._prefix.replaying(inputs) as batch:
+            self._supervision = self.supervise(batch)
+            with self._selecting(self._supervision.tokens):
+                yield batch
+
+    def losses(self, outputs: Any, *, plain: bool = False) -> Tensor:
+        """Loss of each example, `[num_examples]`, with gradient; plain cross-entropy, or the objective's own."""
+        supervision, args = self._supervision, self._args
+        own = {"objective": args.objective, "label_smoothing": args.label_smoothing_factor}
+        own = {} if plain else {**own, "focal_gamma": args.focal_gamma}
+
+        def row_losses(part: slice, logits: Tensor) -> Tensor:
+            return example_losses(logits, supervision.labels[part], **own)
+
+        return supervision.mean_by_example(self._reduced(outputs, row_losses))
+
+    @torch.no_grad()
+    def measure(self, losses: Tensor) -> Measurement:
+        """The losses with each example's regret and disagreement, NaN where nothing probes."""
+        regret = disagreement = torch.full_like(losses, float("nan"), dtype=torch.float64)
+        if self._probe is not None and len(losses):
+            supervision = self._supervision
+            with self._selecting(None):  # the probe calls the head on rows of its own choice
+                found = self._probe.disagreement_and_regret(supervision.tokens, supervision.labels)
+            disagreement, regret = (supervision.mean_by_example(values.double()) for values in found)
+        return Measurement(losses.detach().double(), regret, disagreement)
+
+    def _reduced(self, outputs: Any, reduce: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        if self._selector is not None:
+            return self._selector.reduced(logits, reduce)
+        return reduce(slice(None), logits[self._supervision.rows])
+
+    def _selecting(self, tokens: Tensor | None) -> AbstractContextManager[None]:
+        return nullcontext() if self._selector is None else self._selector.selecting(tokens)
