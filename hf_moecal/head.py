@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
 
 from .probes.capture import autocast_state
 from .probes.replay import patched
@@ -49,7 +49,6 @@ class RowSelector:
         self._base = getattr(self._outer, self._outer.base_model_prefix, self._outer)
         self._vocabulary = self._outer.config.get_text_config().vocab_size
         self._quiet = quiet
-        self._autocast: dict[str, Any] = {}
         self._tokens: Tensor | None = None
         self._rows: Tensor | None = None
 
@@ -95,8 +94,8 @@ class RowSelector:
         return torch.cat([checkpoint(answer, part, rows[part], use_reentrant=False) for part in parts])
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        def stub(*args: Any, **kwargs: Any) -> BaseModelOutput:
-            return BaseModelOutput(last_hidden_state=hidden[None])
+        def stub(*args: Any, **kwargs: Any) -> ModelOutput:
+            return self._output_type(last_hidden_state=hidden[None])
 
         tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         autocast = torch.autocast(**self._autocast)
@@ -109,7 +108,8 @@ class RowSelector:
 
     def _keep(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._chunked():
-            hidden, self._autocast = output[0], autocast_state(module)
+            hidden = output.last_hidden_state
+            self._output_type, self._autocast = type(output), autocast_state(module)
             self._rows = hidden.reshape(-1, hidden.shape[-1])[self._tokens]
 
     def _select(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
