@@ -9,6 +9,9 @@ from torch import nn
 from .probes import find_moe_layers
 
 
+_RANDOM = ("dropout", "jitter", "layerdrop")
+
+
 class Site(NamedTuple):
     """Where the last MoE block sits.
 
@@ -88,3 +91,28 @@ def _train_last_moe_layer(model: nn.Module) -> None:
         seen_layers = seen_layers or in_layers
         trains = name.startswith(f"{site.block_name}.") or (seen_layers and not in_layers)
         parameter.requires_grad_(trains and id(parameter) not in embeddings)
+
+
+def check_frozen(modules: list[nn.Module]) -> None:
+    """Raises a `ValueError` where one of the modules trains, or draws random numbers in training mode."""
+    for module in modules:
+        trains = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        if trains:
+            raise ValueError(
+                f"The prefix cache replays frozen modules, but {len(trains)} of their parameters train (first: "
+                f"{trains[0]!r}); set train='last_moe_layer' or leave `prefix_cache` unset."
+            )
+        for child in module.modules():
+            random = {name: value for name, value in vars(child).items() if _is_random(child, name) and value}
+            if random:
+                raise ValueError(
+                    f"The prefix cache replays modules that must not be random, but {type(child).__name__} has "
+                    f"{random}; set these to 0 in the model's config, or leave `prefix_cache` unset."
+                )
+
+
+def _is_random(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is a probability or strength of noise: `p` of a dropout module, `attention_dropout`, ..."""
+    if not isinstance(vars(module)[name], (int, float)):
+        return False
+    return (name == "p" and isinstance(module, nn.Dropout)) or any(word in name for word in _RANDOM)

@@ -55,9 +55,10 @@ class Judge:
         self._instruments.close()
 
     def prepare(self, dataset: Any) -> None:
-        """Fills the prefix cache with a tokenized dataset, so that no epoch waits for it."""
+        """Fills the prefix cache with a classifier's tokenized dataset in batches of similar length."""
         columns = getattr(dataset, "column_names", None) or ()
-        if self._prefix is not None and "input_ids" in columns and hasattr(dataset, "__len__"):
+        filled = self._prefix is not None and self._args.task == "classification"
+        if filled and "input_ids" in columns and hasattr(dataset, "__len__"):
             self._prefix.fill(real_tokens(dataset), progress=not self._args.disable_tqdm)
 
     def supervise(self, inputs: Mapping[str, Any]) -> Supervision:
@@ -70,10 +71,25 @@ class Judge:
     @contextmanager
     def batch(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Gives the batch to run, as short as it can be; within the block a forward of it can be judged."""
-        with nullcontext(dict(inputs)) if self._prefix is None else self._prefix.replaying(inputs) as batch:
-            self._supervision = self.supervise(batch)
-            with self._selecting(self._supervision.tokens):
-                yield batch
+        self._supervision = self.supervise(inputs)
+        with self._replaying(inputs) as batch, self._selecting(self._supervision.tokens):
+            yield batch
+
+    @contextmanager
+    def _replaying(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The judged tokens alone, each a sequence, where all that comes before the last MoE block is cached."""
+        judged = self._supervision.tokens
+        if self._prefix is None or not len(judged):
+            yield dict(inputs)
+        elif self._args.task == "classification":  # one token of every sequence, also of those without a label
+            with self._prefix.replaying(inputs) as short:
+                self._supervision = self.supervise(short)
+                yield short
+        else:
+            alone = torch.arange(len(judged), device=judged.device)
+            with self._prefix.replaying(inputs, judged) as short:
+                self._supervision = self._supervision._replace(tokens=alone, rows=alone)
+                yield short
 
     def losses(self, outputs: Any, *, plain: bool = False) -> Tensor:
         """Loss of each example, `[num_examples]`, with gradient; plain cross-entropy, or the objective's own."""

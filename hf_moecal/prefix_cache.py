@@ -1,9 +1,9 @@
-"""Everything before the last MoE block, computed once per sequence, kept on disk, and replayed in the model's forward.
+"""Everything before the last MoE block, computed once per judged token, kept on disk, replayed in the model's forward.
 
 When only the last MoE block and what follows it train, all that comes before is the same in every epoch, for every
-objective and every seed, and for sequence classification only its value at the pooled token matters. [`PrefixCache`]
-keeps that: each later forward runs one token per sequence through the block, the final norm and the head. A sequence
-is known by its tokens, so any dataset and any collator work.
+objective and every seed, and only its value at the judged tokens matters: the pooled one of a sequence classifier, the
+supervised ones of a language model. [`PrefixCache`] keeps that: each later forward runs the judged tokens alone
+through the block, the final norm and the head. A sequence is known by its tokens, so any dataset and collator work.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from tqdm.auto import tqdm
 
-from .freezing import last_moe_site
+from .freezing import check_frozen, last_moe_site
+from .head import RowSelector
 from .probes.replay import patched
 from .state_store import StateStore
 from .tasks import pooled_positions
 
 
 _FLUSH_EVERY = 1024  # sequences: what a killed run computes again at most
-_VERIFIED = 8  # sequences of the first batch that run whole as well, to compare
+_VERIFIED = 8  # judged tokens of the first batch that are computed without the cache as well, to compare
 _LABELS = ("_name_or_path", "architectures", "id2label", "label2id", "problem_type", "transformers_version")
-_RANDOM = ("dropout", "jitter", "layerdrop")
 _SHAPING = ("position_ids", "inputs_embeds", "token_type_ids", "past_key_values")
 
 
@@ -44,14 +44,16 @@ class _Recorded(Exception):
 
 
 class PrefixCache:
-    """Replays what comes before the last MoE block of a sequence classifier; on exit the model is as it was.
+    """Replays what comes before the last MoE block of a model; on exit the model is as it was.
 
-    Within `with cache.replaying(batch) as short`, a forward on `short` gives the logits of the whole model on `batch`.
+    Within `with cache.replaying(batch) as short`, a forward on `short` gives the logits of the whole model on `batch`
+    at the judged tokens, one token per sequence.
     On the first batch that is checked, so a model that cannot be replayed (its last MoE block is not in its last
     layer, or later modules read more from earlier ones) is refused.
 
     Args:
-        model (`PreTrainedModel`): a sequence classifier; everything before its last MoE block is frozen.
+        model (`PreTrainedModel`): a sequence classifier or a causal language model; everything before its last MoE
+            block is frozen.
         folder (`str` or `Path`): where the states are kept, each set of frozen weights and each precision in a folder
             of its own; several runs may share it.
         dtype (`str`, *optional*): precision in which the frozen part runs, for example `"bfloat16"`; the model's own
@@ -87,13 +89,8 @@ class PrefixCache:
         self._site = last_moe_site(model)
         if self._site.index == 0:
             raise ValueError("The last MoE block is in the model's first layer: nothing before it is worth caching.")
-        if model.get_output_embeddings() is not None:
-            raise ValueError(
-                f"The prefix cache keeps the pooled token of a sequence classifier, and {type(model).__name__} is a "
-                "language model; leave `prefix_cache` unset."
-            )
         frozen = [model.get_input_embeddings(), *self._site.before, *self._site.siblings.values()]
-        _check_frozen(frozen)
+        check_frozen(frozen)
         self._block_dtype = next(self._site.block.parameters()).dtype
         self._dtype = self._block_dtype if dtype is None else _dtype(dtype)
         self._identity = f"{fingerprint(frozen, model.config)}-{str(self._dtype).removeprefix('torch.')}"
@@ -120,34 +117,37 @@ class PrefixCache:
         self._exit.close()
 
     @contextmanager
-    def replaying(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Gives the batch as one token per sequence; forwards on it within the block start at the MoE block.
+    def replaying(self, inputs: Mapping[str, Any], tokens: Tensor | None = None) -> Iterator[dict[str, Any]]:
+        """Gives the judged tokens as a batch; forwards on it within the block start at the MoE block.
 
         Args:
             inputs (`Mapping`): `input_ids` `[B, S]` and `attention_mask` of a batch, and whatever else goes with it.
+            tokens (`Tensor` of shape `[n]`, *optional*): flat indices into the B*S positions; the one per sequence
+                that a sequence classifier pools if unset.
 
         Yields:
-            `dict`: the same with `input_ids` and `attention_mask` of shape `[B, 1]`.
+            `dict`: the same with `input_ids` and `attention_mask` of shape `[n, 1]`.
 
         Raises:
             ValueError: the hidden states depend on more than ids and mask, or the model cannot be replayed.
         """
         ids, mask = _tokens(inputs)
-        positions = pooled_positions(ids, self._pad)
-        pooled = ids.gather(1, positions[:, None])
-        short = {**inputs, "input_ids": pooled, "attention_mask": torch.ones_like(pooled)}
+        if tokens is None:
+            tokens = self._pooled(ids)
+        judged = ids.reshape(-1)[tokens][:, None]
+        short = {**inputs, "input_ids": judged, "attention_mask": torch.ones_like(judged)}
         with torch.no_grad(), torch.random.fork_rng(devices=[] if ids.device.type == "cpu" else [ids.device]):
-            vectors = self._vectors(ids, mask, positions)
+            vectors = self._vectors(ids, mask, tokens)
             if not self._verified:
-                self._verify(ids[:_VERIFIED], mask[:_VERIFIED], pooled[:_VERIFIED], vectors[:_VERIFIED])
+                self._verify(ids, mask, tokens[:_VERIFIED], vectors[:_VERIFIED])
                 self._verified = True
             found = self._unpacked(vectors)
-        self.replayed += len(ids)
+        self.replayed += len(tokens)
         with self._giving(found):
             yield short
 
     def fill(self, sequences: Iterable[Sequence[int]], *, batch_tokens: int = 2048, progress: bool = True) -> None:
-        """Computes what is not stored yet, in batches of similar length; a later epoch then never waits for it.
+        """Computes what is not stored yet at the pooled tokens, in batches of similar length.
 
         Args:
             sequences (`Iterable[Sequence[int]]`): token ids without padding.
@@ -170,7 +170,7 @@ class PrefixCache:
                 lengths = torch.tensor([len(row) for row in batch])
                 mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
                 with torch.no_grad():
-                    self._vectors(ids.to(device), mask.to(device), pooled_positions(ids, self._pad).to(device))
+                    self._vectors(ids.to(device), mask.to(device), self._pooled(ids).to(device))
                 bar.update(len(batch))
         self._store.flush()
 
@@ -182,19 +182,28 @@ class PrefixCache:
         finally:
             self._found = None
 
-    def _vectors(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """One stored vector per sequence, `[B, D]`; those that are not stored yet are computed."""
-        rows = zip(ids.cpu(), mask.cpu(), positions.cpu(), strict=True)
-        keys = [_key(row[kept.bool()], kept, position) for row, kept, position in rows]
+    def _pooled(self, ids: Tensor) -> Tensor:
+        if self._model.get_output_embeddings() is not None:
+            raise ValueError("A language model pools no token; say which are judged with replaying(batch, tokens).")
+        return torch.arange(len(ids), device=ids.device) * ids.shape[1] + pooled_positions(ids, self._pad)
+
+    def _vectors(self, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+        """One stored vector per judged token, `[n, D]`; those that are not stored yet are computed."""
+        rows, positions = (tokens // ids.shape[1]).tolist(), (tokens % ids.shape[1]).tolist()
+        real = [(row[kept.bool()], kept) for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
+        keys = [_key(*real[row], position) for row, position in zip(rows, positions, strict=True)]
         if not all(key in self._store for key in keys):
             self._store.refresh()
         vectors = [self._store.get(key) for key in keys]
-        missing = [row for row, vector in enumerate(vectors) if vector is None]
+        missing = [place for place, vector in enumerate(vectors) if vector is None]
         if missing or not self._layout:  # the layout of a filled store is learnt from the first batch
-            rows = missing or [0]
-            for row, vector in zip(rows, self._record(ids[rows], mask[rows], positions[rows]), strict=True):
-                vectors[row] = vector
-                self._store.put(keys[row], vector)
+            places = missing or [0]
+            needed = sorted({rows[place] for place in places})
+            within = torch.tensor([needed.index(rows[place]) for place in places], device=ids.device)
+            at = torch.tensor([positions[place] for place in places], device=ids.device)
+            for place, vector in zip(places, self._record(ids[needed], mask[needed], within, at), strict=True):
+                vectors[place] = vector
+                self._store.put(keys[place], vector)
             before, self.computed = self.computed, self.computed + len(missing)
             if before // _FLUSH_EVERY != self.computed // _FLUSH_EVERY:
                 self._store.flush()
@@ -219,14 +228,17 @@ class PrefixCache:
         def stub(*args: Any, **kwargs: Any) -> Any:
             if self._found is None or (name is not None and name not in self._found):
                 return forward(*args, **kwargs)
-            return (args[0] if args else kwargs["hidden_states"]) if name is None else self._found[name]
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if name is None:
+                return hidden
+            # A probe that certifies itself runs the first token alone.
+            return tree_map(lambda leaf: None if leaf is None else leaf[: len(hidden)], self._found[name])
 
         return stub
 
-    def _record(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """Runs what comes before the block and keeps it at the pooled tokens: `[b, D]`."""
+    def _record(self, ids: Tensor, mask: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """Runs what comes before the block and keeps it at the judged tokens: `[n, D]`."""
         site, outputs = last_moe_site(self._runner), {}
-        rows = torch.arange(len(ids), device=ids.device)
 
         def keep(name: str, output: Any) -> None:
             leaves, structure = tree_flatten(output)
@@ -254,13 +266,16 @@ class PrefixCache:
         kept = [leaf.flatten(1) for _, leaves in outputs.values() for leaf in leaves if leaf is not None]
         return torch.cat(kept, dim=1)
 
-    def _verify(self, ids: Tensor, mask: Tensor, pooled: Tensor, vectors: Tensor) -> None:
+    def _verify(self, ids: Tensor, mask: Tensor, tokens: Tensor, vectors: Tensor) -> None:
         """Compares a whole with a replayed forward, in evaluation mode."""
+        rows, within = (tokens // ids.shape[1]).unique(return_inverse=True)
+        chosen = within * ids.shape[1] + tokens % ids.shape[1]
+        judged = ids.reshape(-1)[tokens][:, None]
         training = self._model.training
         self._model.eval()
-        computed = _run(self._model, input_ids=ids, attention_mask=mask)["logits"]
+        computed = self._logits(ids[rows], mask[rows], chosen)
         with self._giving(self._unpacked(vectors)):
-            replayed = _run(self._model, input_ids=pooled, attention_mask=torch.ones_like(pooled))["logits"]
+            replayed = self._logits(judged, torch.ones_like(judged), torch.arange(len(tokens), device=ids.device))
         self._model.train(training)
         error = ((computed - replayed).abs().max() / computed.abs().max().clamp(min=1e-30)).item()
         exact = max(_EXACT, 10 * torch.finfo(self._block_dtype).eps)
@@ -269,6 +284,13 @@ class PrefixCache:
                 f"Replaying what comes before the last MoE block of {type(self._model).__name__} changes its logits "
                 f"by {error:.1e} of their scale; leave `prefix_cache` unset for this model."
             )
+
+    def _logits(self, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+        """The model's logits at flat positions, `[n, C]`."""
+        if self._model.get_output_embeddings() is None:
+            return _run(self._model, input_ids=ids, attention_mask=mask)["logits"][tokens // ids.shape[1]]
+        with RowSelector(self._model) as selector, selector.selecting(tokens):
+            return _run(self._model, input_ids=ids, attention_mask=mask, use_cache=False)["logits"][0]
 
 
 def _run(model: nn.Module, **inputs: Any) -> Any:
@@ -314,27 +336,3 @@ def _dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"`dtype` must name a floating-point type such as 'bfloat16' or 'float32', got {name!r}.")
     return dtype
-
-
-def _check_frozen(modules: list[nn.Module]) -> None:
-    for module in modules:
-        trains = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-        if trains:
-            raise ValueError(
-                f"The prefix cache replays frozen modules, but {len(trains)} of their parameters train (first: "
-                f"{trains[0]!r}); set train='last_moe_layer' or leave `prefix_cache` unset."
-            )
-        for child in module.modules():
-            random = {name: value for name, value in vars(child).items() if _is_random(child, name) and value}
-            if random:
-                raise ValueError(
-                    f"The prefix cache replays modules that must not be random, but {type(child).__name__} has "
-                    f"{random}; set these to 0 in the model's config, or leave `prefix_cache` unset."
-                )
-
-
-def _is_random(module: nn.Module, name: str) -> bool:
-    """Whether an attribute is a probability or strength of noise: `p` of a dropout module, `attention_dropout`, ..."""
-    if not isinstance(vars(module)[name], (int, float)):
-        return False
-    return (name == "p" and isinstance(module, nn.Dropout)) or any(word in name for word in _RANDOM)

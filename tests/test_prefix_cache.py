@@ -76,6 +76,47 @@ def test_logits_and_gradients_are_those_of_the_whole_model(tmp_path, build, name
     assert all("forward" not in vars(m) and type(m).forward is before[n] for n, m in model.named_modules())
 
 
+def language_model():
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**SETTINGS, num_local_experts=4))
+    set_trainable(model, "last_moe_layer")
+    return model
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_judged_tokens_of_a_language_model(tmp_path, name):
+    model, inputs, tokens = language_model(), batch(name), torch.tensor([1, 3, 6])
+    whole = model(**inputs).logits.flatten(0, 1)[tokens]
+    whole.square().sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    for computed in (3, 0):
+        model.zero_grad()
+        with PrefixCache(model, tmp_path) as cache, cache.replaying(inputs, tokens) as short:
+            assert short["input_ids"].shape == (3, 1) and cache.computed == computed
+            logits = model(**short).logits[:, 0]
+            logits.square().sum().backward()
+        torch.testing.assert_close(logits, whole, rtol=1e-5, atol=1e-6)
+        for parameter_name, gradient in expected.items():
+            parameter = model.get_parameter(parameter_name)
+            assert (parameter.grad - gradient).abs().max() <= 1e-5 * gradient.abs().max()
+    with PrefixCache(model, tmp_path) as cache, pytest.raises(ValueError, match="language model pools no token"):
+        with cache.replaying(inputs):
+            pass
+
+
+@pytest.mark.parametrize("task", ["classification", "sequence", "token"])
+@pytest.mark.parametrize("objective", ["erm", "filtered"])
+def test_trained_gradients_are_those_without_the_cache(tmp_path, task, objective):
+    from test_trainer import OBJECTIVES, TASKS, arguments, relative_error, trained_gradients
+
+    build, data, settings = TASKS[task]
+    found = []
+    for cache in (None, str(tmp_path / "prefix"), str(tmp_path / "prefix")):
+        changes = dict(train="last_moe_layer", prefix_cache=cache, **settings, **OBJECTIVES[objective])
+        found.append(trained_gradients(build(), data(), arguments(tmp_path, **changes))[0])
+    assert relative_error(found[1], found[0]) <= 1e-5 and relative_error(found[2], found[0]) <= 1e-5
+
+
 def test_outside_the_block_the_model_is_whole(tmp_path):
     model, inputs = mixtral().eval(), batch("right")
     expected = model(**inputs).logits
@@ -156,14 +197,11 @@ def test_bf16_autocast_of_the_trainer_is_no_error(tmp_path):
 def test_what_cannot_be_replayed_is_refused(tmp_path):
     unfrozen = mixtral()
     unfrozen.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
-    language = MixtralForCausalLM(MixtralConfig(**SETTINGS, num_local_experts=4))
-    set_trainable(language, "last_moe_layer")
     first = mixtral(num_hidden_layers=1)
     for model, message in [
         (unfrozen, "1 of their parameters train"),
         (mixtral(attention_dropout=0.1), "must not be random, but MixtralAttention has {'attention_dropout': 0.1}"),
         (mixtral(router_jitter_noise=0.1), "has {'jitter_noise': 0.1}"),
-        (language, "MixtralForCausalLM is a language model"),
         (first, "nothing before it is worth caching"),
     ]:
         with pytest.raises(ValueError, match=message):
