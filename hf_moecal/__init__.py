@@ -20,6 +20,7 @@ _PUBLIC = {
         "probe_experts",
         "routing_statistics",
     ),
+    "choice": ("ChoiceCollator",),
     "training_args": ("MoECalArguments",),
     "trainer": ("MoECalMixin", "MoECalTrainer"),
     "predictions": ("predict",),

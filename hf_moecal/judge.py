@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .choice import OptionSupervision, WordSupervision, flat_inputs, supervise_choice
 from .head import RowSelector
 from .objectives import example_losses
 from .prefix_cache import PrefixCache
@@ -16,6 +18,9 @@ from .probes import ExpertProbe, probe_experts
 from .tasks import Supervision, real_tokens, supervise_classification, supervise_lm
 from .training_args import MoECalArguments
 from .window import Measurement
+
+
+Judged = Supervision | OptionSupervision | WordSupervision
 
 
 class Judge:
@@ -36,7 +41,7 @@ class Judge:
         self._selector: RowSelector | None = None
         self._probe: ExpertProbe | None = None
         self._prefix: PrefixCache | None = None
-        self._supervision: Supervision | None = None
+        self._supervision: Judged | None = None
 
     def __enter__(self) -> Judge:
         with ExitStack() as stack:
@@ -45,7 +50,7 @@ class Judge:
                 self._prefix = stack.enter_context(cache)
             if self._args.objective == "robust_filtered":
                 self._probe = stack.enter_context(probe_experts(self._model, layer=self._args.probe_layer))
-            if self._args.task == "lm":
+            if self._args.task != "classification":
                 quiet = nullcontext if self._probe is None else self._probe.paused
                 self._selector = stack.enter_context(RowSelector(self._model, quiet=quiet))
             self._instruments = stack.pop_all()
@@ -61,8 +66,10 @@ class Judge:
         if filled and "input_ids" in columns and hasattr(dataset, "__len__"):
             self._prefix.fill(real_tokens(dataset), progress=not self._args.disable_tqdm)
 
-    def supervise(self, inputs: Mapping[str, Any]) -> Supervision:
+    def supervise(self, inputs: Mapping[str, Any]) -> Judged:
         """The judged rows of a batch."""
+        if self._args.task == "choice":
+            return supervise_choice(inputs)
         if self._args.task == "lm":
             return supervise_lm(inputs, per_token=self._args.example == "token")
         config = self._model.config.get_text_config()
@@ -72,6 +79,7 @@ class Judge:
     def batch(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Gives the batch to run, as short as it can be; within the block a forward of it can be judged."""
         self._supervision = self.supervise(inputs)
+        inputs = flat_inputs(inputs) if self._args.task == "choice" else inputs
         with self._replaying(inputs) as batch, self._selecting(self._supervision.tokens):
             yield batch
 
@@ -88,30 +96,35 @@ class Judge:
         else:
             alone = torch.arange(len(judged), device=judged.device)
             with self._prefix.replaying(inputs, judged) as short:
-                self._supervision = self._supervision._replace(tokens=alone, rows=alone)
+                self._supervision = self._supervision._replace(tokens=alone)
                 yield short
 
     def losses(self, outputs: Any, *, plain: bool = False) -> Tensor:
         """Loss of each example, `[num_examples]`, with gradient; plain cross-entropy, or the objective's own."""
         supervision, args = self._supervision, self._args
         own = {"objective": args.objective, "label_smoothing": args.label_smoothing_factor}
-        own = {} if plain else {**own, "focal_gamma": args.focal_gamma}
-
-        def row_losses(part: slice, logits: Tensor) -> Tensor:
-            return example_losses(logits, supervision.labels[part], **own)
-
-        return supervision.mean_by_example(self._reduced(outputs, row_losses))
+        loss = partial(example_losses, **({} if plain else {**own, "focal_gamma": args.focal_gamma}))
+        rows = self._reduced(outputs, lambda part, logits: supervision.row_values(part, logits, loss))
+        return supervision.example_losses(rows, loss)
 
     @torch.no_grad()
     def measure(self, losses: Tensor) -> Measurement:
         """The losses with each example's regret and disagreement, NaN where nothing probes."""
         regret = disagreement = torch.full_like(losses, float("nan"), dtype=torch.float64)
         if self._probe is not None and len(losses):
-            supervision = self._supervision
             with self._selecting(None):  # the probe calls the head on rows of its own choice
-                found = self._probe.disagreement_and_regret(supervision.tokens, supervision.labels)
-            disagreement, regret = (supervision.mean_by_example(values.double()) for values in found)
+                disagreement, regret = (values.double() for values in self._supervision.probed(self._probe))
         return Measurement(losses.detach().double(), regret, disagreement)
+
+    @torch.no_grad()
+    def predictions(self, outputs: Any) -> Any:
+        """What evaluation collects of a forward: the outputs, or log-probabilities `[B, O]` of answer options."""
+        if self._args.task != "choice":
+            return outputs
+        supervision = self._supervision
+        rows = self._reduced(outputs, lambda part, logits: supervision.row_values(part, logits, example_losses))
+        # Trainer pads batches of fewer options with -100, which among log-probabilities is as good as zero.
+        return {"logits": supervision.scores(rows).log_softmax(-1)}
 
     def _reduced(self, outputs: Any, reduce: Callable[[slice, Tensor], Tensor]) -> Tensor:
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]

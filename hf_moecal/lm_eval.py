@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .table import IGNORED_LABEL
+from .table import ABSENT_LOGIT, IGNORED_LABEL
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_PADDING = -1e30  # log-likelihood of a choice that a shorter question does not have: its probability is exactly zero
 
 
 def read_lm_eval_samples(path: str | Path) -> Dataset:
@@ -55,7 +53,7 @@ def read_lm_eval_samples(path: str | Path) -> Dataset:
 
     rows = [row for file in _files(Path(path)) for row in _read_file(file)]
     width = max(len(row["logits"]) for row in rows)
-    logits = np.full((len(rows), width), _PADDING)
+    logits = np.full((len(rows), width), ABSENT_LOGIT)
     for row, padded in zip(rows, logits, strict=True):
         padded[: len(row["logits"])] = row["logits"]
     probs = np.exp(logits - logits.max(1, keepdims=True))

@@ -50,6 +50,7 @@ COLUMNS = (
     "expert_logits",
 )
 IGNORED_LABEL = -100
+ABSENT_LOGIT = -1e30  # of a class that a row does not have: its probability is exactly zero
 FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .objectives import check_labels
 from .table import IGNORED_LABEL
+
+
+if TYPE_CHECKING:
+    from .probes import ExpertProbe
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Supervision(NamedTuple):
@@ -29,6 +35,19 @@ class Supervision(NamedTuple):
     example: Tensor
     rows: Tensor
     num_examples: int
+
+    def row_values(self, part: slice, logits: Tensor, loss: Loss) -> Tensor:
+        """Losses `[c]` of a slice of the rows, with gradient."""
+        return loss(logits, self.labels[part])
+
+    def example_losses(self, rows: Tensor, loss: Loss) -> Tensor:
+        """Losses `[num_examples]` from those of the rows `[n]`."""
+        return self.mean_by_example(rows)
+
+    def probed(self, probe: ExpertProbe) -> tuple[Tensor, Tensor]:
+        """Disagreement and regret of each example: means over its rows."""
+        found = probe.disagreement_and_regret(self.tokens, self.labels)
+        return tuple(self.mean_by_example(values.double()) for values in found)
 
     def mean_by_example(self, values: Tensor) -> Tensor:
         """Mean of per-row values over each example: `[n]` -> `[num_examples]`, differentiable."""

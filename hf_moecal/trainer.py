@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from .checkpoints import restore_weights
+from .choice import CHOICE_COLUMNS, ChoiceCollator
 from .freezing import set_trainable
 from .hub.checkpoint_files import write_training_record
 from .judge import Judge
@@ -35,6 +36,8 @@ class MoECalMixin:
         _check_arguments(args, kwargs)
         if model is not None:
             self.trains = set_trainable(model, args.train)
+        if args.task == "choice" and kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = ChoiceCollator(kwargs.get("processing_class"))
         super().__init__(model=model, args=args, **kwargs)
         _check_distribution(self)
         if args.objective == "robust_filtered":
@@ -44,7 +47,7 @@ class MoECalMixin:
         self._judge: Judge | None = None
         self._summaries: list[BatchSummary] = []
         self.compute_loss_func = self._objective_loss
-        if self.compute_metrics is None and args.task == "classification":
+        if self.compute_metrics is None and args.task != "lm":
             self.compute_metrics = calibration_metrics()
 
     # What Trainer calls, in the order in which it calls them.
@@ -92,7 +95,8 @@ class MoECalMixin:
     ) -> Any:
         # Without the count, Trainer does not multiply by the world size: our mean is over the whole batch already.
         with self._judge.batch(inputs) as inputs:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs)
+            found = super().compute_loss(model, inputs, return_outputs=return_outputs)
+            return (found[0], self._judge.predictions(found[1])) if return_outputs else found
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._summaries:
@@ -145,6 +149,11 @@ class MoECalMixin:
         if "id" not in (getattr(self.train_dataset, "column_names", None) or ()):
             return []
         return [key for key in self.train_dataset["id"] if isinstance(key, str)]
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.args.task == "choice":  # read by the collator, not by the model
+            self._signature_columns = list(dict.fromkeys([*self._signature_columns, *CHOICE_COLUMNS]))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

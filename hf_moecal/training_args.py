@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from .objectives import OBJECTIVES, TAU_DISAGREEMENT, TAU_REGRET, unknown_objective
 
 
-TASKS = ("classification", "lm")
+TASKS = ("classification", "choice", "lm")
 _LOWER_IS_BETTER = ("ece", "ece_debiased", "nll", "brier")
 TRAIN_PRESETS = ("all", "last_moe_layer")
 
@@ -33,8 +33,9 @@ class MoECalArguments(TrainingArguments):
         focal_gamma (`float`, *optional*, defaults to 2.0): exponent of the focal loss.
         probe_layer (`int`, *optional*, defaults to -1): MoE layer whose experts are probed, an index into
             `find_moe_layers(model)`.
-        task (`str`, *optional*, defaults to `"classification"`): `"classification"` (a sequence-classification head)
-            or `"lm"` (a causal language model, labels at supervised positions).
+        task (`str`, *optional*, defaults to `"classification"`): `"classification"` (a sequence-classification head),
+            `"choice"` (a causal language model scored over answer options, see [`ChoiceCollator`]) or `"lm"` (a
+            causal language model, labels at supervised positions).
         example (`str`, *optional*, defaults to `"sequence"`): for `task="lm"`, what counts as one example of the
             objective: a `"sequence"` (mean over its supervised tokens) or a `"token"`.
         train (`str`, *optional*, defaults to `"all"`): what trains: `"all"` or `"last_moe_layer"` (router and

@@ -422,7 +422,7 @@ def test_last_moe_layer_trains_alone_and_the_prefix_cache_changes_nothing(tmp_pa
         (dict(eta=float("nan")), "`eta` must be a finite number"),
         (dict(robust_warmup_ratio=1.5), "between 0 and 1, got 1.5"),
         (dict(relevance_quantile=0.0), r"must lie in \(0, 1\], got 0.0"),
-        (dict(task="regression"), "`task` must be one of classification, lm"),
+        (dict(task="regression"), "`task` must be one of classification, choice, lm"),
         (dict(example="word"), "`example` must be one of sequence, token"),
         (dict(train="head"), "`train` must be one of all, last_moe_layer"),
         (dict(label_smoothing_factor=0.1), "has no effect on objective='robust_filtered'"),

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .agreement import disagreement, disagreement_and_regret, first_order_regret, losses, regret
+from .agreement import among, disagreement, disagreement_and_regret, first_order_regret, losses, regret
 from .capture import Recorder, anatomy
 from .certify import Certificate, real_tokens
 from .counterfactual import Counterfactuals
@@ -138,12 +138,22 @@ class ExpertProbe:
         """
         return self.disagreement_and_regret(tokens, labels, layer=layer)[1]
 
-    def disagreement_and_regret(self, tokens: Tensor, labels: Tensor, *, layer: Layer = None) -> tuple[Tensor, Tensor]:
-        """Both for the price of one: `[n]` and `[n]`."""
+    def disagreement_and_regret(
+        self, tokens: Tensor, labels: Tensor, *, candidates: Tensor | None = None, layer: Layer = None
+    ) -> tuple[Tensor, Tensor]:
+        """Both for the price of one: `[n]` and `[n]`.
+
+        Args:
+            tokens, labels, layer: as in `regret`.
+            candidates (`LongTensor` of shape `[n, C]`, *optional*): the classes among which the token predicts, with
+                -100 for none; labels are then positions among them.
+        """
         flat = self._flat(tokens)
         labels, record = self._labels(flat, labels), self.record_of(layer)[flat]
 
         def reduce(part: slice, own: Tensor, alone: Tensor) -> Tensor:
+            if candidates is not None:
+                own, alone = among(own, candidates[part]), among(alone, candidates[part])
             return torch.stack(disagreement_and_regret(own, alone, record.shares[part], labels[part]), -1)
 
         disagreements, regrets = self._answers.reduced(self._layer(layer), flat, record.expert_ids, reduce).unbind(-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..table import ABSENT_LOGIT, IGNORED_LABEL
 from .routing import upcast
 
 
@@ -68,6 +69,22 @@ def disagreement_and_regret(
     """[`disagreement`] and [`regret`], `[n]` each, with one softmax for both."""
     log_probs, expert_log_probs = _log_probs(logits), _log_probs(expert_logits)
     return _disagreement(log_probs, expert_log_probs, shares), _regret(log_probs, expert_log_probs, labels)
+
+
+def among(logits: Tensor, candidates: Tensor) -> Tensor:
+    """The logits of some classes of each row.
+
+    Args:
+        logits (`Tensor` of shape `[n, V]` or `[n, k, V]`): of all classes.
+        candidates (`LongTensor` of shape `[n, C]`): the classes; -100 stands for none, and has probability zero.
+
+    Returns:
+        `Tensor` of shape `[n, C]` or `[n, k, C]`.
+    """
+    if logits.dim() == 3:
+        candidates = candidates[:, None].expand(-1, logits.shape[1], -1)
+    absent = candidates == IGNORED_LABEL
+    return upcast(logits.gather(-1, candidates.masked_fill(absent, 0))).masked_fill(absent, ABSENT_LOGIT)
 
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:

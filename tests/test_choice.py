@@ -1,0 +1,320 @@
+"""Multiple choice against a twin that forwards every option alone and shares no code with the library."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from test_trainer import OBJECTIVES, Gradients, arguments, language_model, relative_error
+
+from hf_moecal import ChoiceCollator, MoECalTrainer
+from hf_moecal.prompts import encode_continuations
+
+
+def examples(count=8, *, words=False, seed=3):
+    """Prompts of 2 to 6 tokens with 2 to 4 options of 1 to 4 tokens."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        options = 2 + int(rng.integers(3))
+        lengths = [1] * options if words else rng.integers(1, 5, options).tolist()
+        rows.append(
+            {
+                "prompt_ids": rng.integers(1, 48, 2 + int(rng.integers(5))).tolist(),
+                "option_ids": [
+                    rng.choice(np.arange(12 * k + 1, 12 * k + 12), n).tolist() for k, n in enumerate(lengths)
+                ],
+                "options": ["x" * (1 + 3 * k) for k in range(options)],
+                "label": i % options,
+            }
+        )
+    return rows
+
+
+def scores_one_by_one(model, row, scoring):
+    prompt = row["prompt_ids"]
+    if scoring == "label_word":
+        logits = model(input_ids=torch.tensor([prompt])).logits[0, -1]
+        return torch.stack([logits[word] for (word,) in row["option_ids"]])
+    scores = []
+    for option, text in zip(row["option_ids"], row["options"], strict=True):
+        logits = model(input_ids=torch.tensor([prompt + option])).logits[0]
+        log_probs = [F.log_softmax(logits[len(prompt) + i - 1], -1)[token] for i, token in enumerate(option)]
+        scores.append(sum(log_probs) / {"per_token": len(option), "total": 1, "per_byte": len(text)}[scoring])
+    return torch.stack(scores)
+
+
+def losses_one_by_one(model, rows, scoring):
+    scores = [scores_one_by_one(model, row, scoring) for row in rows]
+    return torch.stack([-F.log_softmax(s, -1)[row["label"]] for s, row in zip(scores, rows, strict=True)])
+
+
+def measures_one_by_one(model, row, scoring):
+    """Regret and disagreement of one example, by overriding the last layer's routing in whole forwards."""
+    experts = model.model.layers[-1].mlp.experts
+    original, seen = type(experts).forward, {}
+    right = row["option_ids"][row["label"]]
+    ids = torch.tensor([row["prompt_ids"] + ([] if scoring == "label_word" else right)])
+
+    def distribution(position, chosen=None):
+        def forward(hidden, index, weights):
+            if chosen is None:
+                seen["index"], seen["weights"] = index[position], weights[position]
+                return original(experts, hidden, index, weights)
+            index, weights = index.clone(), weights.clone()
+            weights[position] = torch.stack([weights[position].sum(), torch.tensor(0.0)])
+            index[position] = torch.stack([seen["index"][chosen], seen["index"][1 - chosen]])
+            return original(experts, hidden, index, weights)
+
+        experts.forward = forward
+        try:
+            logits = model(input_ids=ids).logits[0, position]
+        finally:
+            del experts.forward
+        if scoring == "label_word":
+            logits = torch.stack([logits[word] for (word,) in row["option_ids"]])
+        return F.softmax(logits, -1)
+
+    start = len(row["prompt_ids"]) - 1
+    judged = [(start, row["label"])] if scoring == "label_word" else [(start + i, t) for i, t in enumerate(right)]
+    found = []
+    with torch.no_grad():
+        for position, label in judged:
+            p = distribution(position)
+            shares = seen["weights"] / seen["weights"].sum()
+            alone = [distribution(position, chosen) for chosen in range(2)]
+            regret = max(0.0, max(math.log(q[label] / p[label]) for q in alone))
+            spread = sum(float(r * (q - p).square().sum()) for r, q in zip(shares, alone, strict=True))
+            found.append((regret, spread))
+    return [sum(column) / len(found) for column in zip(*found, strict=True)]
+
+
+def reference_gradients(model, rows, args, scoring):
+    losses = losses_one_by_one(model, rows, scoring)
+    relevant = torch.ones(len(losses), dtype=torch.bool)
+    if args.objective == "robust_filtered":
+        measures = [measures_one_by_one(model, row, scoring) for row in rows]
+        relevant = torch.tensor([r > args.tau_regret or d > args.tau_disagreement for r, d in measures])
+        assert relevant.any() and not relevant.all(), "the filter must bite, or the test shows nothing"
+    chosen = losses[relevant]
+    weights = torch.softmax(args.eta * (chosen.detach() if args.detach_weights else chosen), 0)
+    value = losses.mean() if args.objective != "robust" else 0.0
+    value = value if args.objective == "erm" else value + (weights * chosen).sum()
+    value.backward()
+    return value.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def trained(model, rows, args, scoring, **kwargs):
+    seen = Gradients()
+    collator = ChoiceCollator(scoring=scoring)
+    trainer = MoECalTrainer(
+        model=model, args=args, train_dataset=rows, data_collator=collator, callbacks=[seen], **kwargs
+    )
+    trainer.train()
+    return seen.found, trainer
+
+
+FILTER = {"per_token": (0.30, 0.035), "label_word": (0.30, 0.08)}
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (3, 3)])
+@pytest.mark.parametrize("objective", ["erm", "robust-through", "filtered"])
+@pytest.mark.parametrize("scoring", FILTER)
+def test_gradients_equal_one_full_batch(tmp_path, scoring, objective, batch, accumulation):
+    rows = examples(words=scoring == "label_word")
+    regret, spread = FILTER[scoring]
+    settings = {**OBJECTIVES[objective], "task": "choice", "tau_regret": regret, "tau_disagreement": spread}
+    args = arguments(tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, **settings)
+    found, trainer = trained(language_model(), rows, args, scoring)
+    value, expected = reference_gradients(language_model().train(), rows, args, scoring)
+    assert relative_error(found, expected) <= 1e-5
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("scoring", ["total", "per_byte"])
+def test_the_other_normalisations(tmp_path, scoring):
+    rows = examples()
+    args = arguments(tmp_path, task="choice", objective="robust")
+    found, _ = trained(language_model(), rows, args, scoring)
+    _, expected = reference_gradients(language_model(), rows, args, scoring)
+    assert relative_error(found, expected) <= 1e-5
+
+
+def test_label_smoothing_spreads_over_the_options_of_the_example(tmp_path):
+    rows = examples()
+    args = arguments(tmp_path, task="choice", objective="label_smoothing")
+    _, trainer = trained(language_model(), rows, args, "per_token")
+    scores = [scores_one_by_one(language_model(), row, "per_token") for row in rows]
+    expected = [
+        F.cross_entropy(s[None], torch.tensor([row["label"]]), label_smoothing=0.1)
+        for s, row in zip(scores, rows, strict=True)
+    ]
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("scoring", ["per_token", "label_word"])
+def test_examples_without_label_are_left_out_of_the_loss(tmp_path, scoring):
+    rows = examples(words=scoring == "label_word")
+    rows[2]["label"] = -100
+    del rows[5]["label"]
+    args = arguments(tmp_path, task="choice", objective="robust")
+    found, _ = trained(language_model(), rows, args, scoring)
+    kept = [row for row in rows if row.get("label", -100) != -100]
+    assert len(kept) == 6
+    assert relative_error(found, reference_gradients(language_model(), kept, args, scoring)[1]) <= 1e-5
+
+
+@pytest.mark.parametrize("scoring", ["per_token", "total", "label_word"])
+def test_evaluation_and_prediction(tmp_path, scoring):
+    """Also that padding with options that are not there changes no figure, over sets and uneven batches."""
+    rows = examples(11, words=scoring == "label_word")
+    args = arguments(tmp_path, task="choice", objective="erm", per_device_eval_batch_size=3)
+    trainer = MoECalTrainer(
+        model=language_model(), args=args, eval_dataset={"quiz": rows}, data_collator=ChoiceCollator(scoring=scoring)
+    )
+    with torch.no_grad():
+        scores = [scores_one_by_one(trainer.model.eval(), row, scoring) for row in rows]
+    probs = [s.softmax(-1).double() for s in scores]
+    nll = [-p[row["label"]].log().item() for p, row in zip(probs, rows, strict=True)]
+    brier = [
+        (p - F.one_hot(torch.tensor(row["label"]), len(p))).square().sum().item()
+        for p, row in zip(probs, rows, strict=True)
+    ]
+    found = trainer.evaluate()
+    assert found["eval_quiz_nll"] == pytest.approx(sum(nll) / 11, rel=1e-4)
+    assert found["eval_quiz_brier"] == pytest.approx(sum(brier) / 11, rel=1e-4)
+    accuracy = sum(int(p.argmax()) == row["label"] for p, row in zip(probs, rows, strict=True)) / 11
+    assert found["eval_quiz_accuracy"] == pytest.approx(accuracy)
+    assert found["eval_quiz_loss"] > 0 and found["eval_quiz_n"] == 11
+    predicted = trainer.predict(rows)
+    for logits, p in zip(torch.tensor(predicted.predictions), probs, strict=True):
+        torch.testing.assert_close(logits.double().softmax(-1)[: len(p)], p, rtol=1e-4, atol=1e-6)
+        assert logits.double().softmax(-1)[len(p) :].sum() < 1e-30
+    assert predicted.label_ids.tolist() == [row["label"] for row in rows]
+
+
+def word_tokenizer(**special):
+    """One token per word, with the space before it: as byte-level BPE does on common words."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [
+        "<pad>",
+        "<s>",
+        "?",
+        "The",
+        " film",
+        " was",
+        " good",
+        " bad",
+        " ",
+        "good",
+        "bad",
+        ":",
+        " very",
+        "film",
+        "s",
+    ]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+| |:"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", unk_token="?", **special)
+
+
+def test_the_boundary_is_that_of_the_harness():
+    """A space at the end of the prompt belongs to the option's first token."""
+    tokenizer = word_tokenizer()
+    inside, outside = encode_continuations(
+        tokenizer, ["The film was", "The film was "], [[" good", " very bad"], ["good", "very bad"]]
+    )
+    assert inside == outside == [([3, 4, 5, 6], 3), ([3, 4, 5, 12, 7], 3)]
+    # what the naive way gives: tokens that the model has hardly seen in this place
+    assert tokenizer("The film was ")["input_ids"] + tokenizer("good")["input_ids"] == [3, 4, 5, 8, 9]
+    assert encode_continuations(tokenizer, ["The:"], [["good"]]) == [[([3, 11, 9], 2)]]
+
+
+def test_a_merge_across_the_boundary_counts_to_the_option():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["a", "b", "c", "ab"])}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, [("a", "b")])))
+    assert encode_continuations(tokenizer, ["ca"], [["b", "c", "bc"]]) == [
+        [([2, 3], 1), ([2, 0, 2], 2), ([2, 3, 2], 1)]
+    ]
+
+
+def test_special_tokens_come_first_once():
+    from tokenizers import processors
+
+    tokenizer = word_tokenizer(bos_token="<s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <pad>", special_tokens=[("<s>", 1), ("<pad>", 0)]
+    )
+    assert tokenizer("The film")["input_ids"] == [1, 3, 4, 0]
+    assert encode_continuations(tokenizer, ["The"], [[" film"]]) == [[([1, 3, 4], 2)]]
+    assert encode_continuations(tokenizer, ["<s>The"], [[" film"]]) == [[([1, 3, 4], 2)]]
+    assert encode_continuations(tokenizer, [""], [["The film"]]) == [[([1, 3, 4], 1)]]
+    cut = encode_continuations(tokenizer, ["The film was"], [[" good", " very bad"]], max_length=4)
+    assert cut == [[([1, 5, 6], 2), ([1, 5, 12, 7], 2)]]  # the same prompt for both
+    with pytest.raises(ValueError, match=r"Row 0: what follows the prompt leaves no room .* raise it to 6"):
+        encode_continuations(tokenizer, ["The film was"], [[" good", " very bad"]], max_length=2)
+
+
+def test_texts_through_a_trainer_that_removes_unused_columns(tmp_path):
+    rows = [
+        {"prompt": "The film was", "options": [" good", " very bad"], "label": 0, "source": "a"},
+        {"prompt": "The ", "options": ["film", "film was good", "bad"], "label": 2, "source": "b"},
+    ]
+    tokenizer = word_tokenizer()
+    args = arguments(
+        tmp_path, task="choice", objective="erm", remove_unused_columns=True, gradient_accumulation_steps=1
+    )
+    trainer = MoECalTrainer(
+        model=language_model(), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    trainer.train()
+    tokens = [
+        {"prompt_ids": [3, 4, 5], "option_ids": [[6], [12, 7]], "options": ["", ""], "label": 0},
+        {"prompt_ids": [3], "option_ids": [[4], [4, 5, 6], [7]], "options": ["", "", ""], "label": 2},
+    ]
+    expected = losses_one_by_one(language_model(), tokens, "per_token").mean().item()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_bad_examples_are_named():
+    tokenizer = word_tokenizer()
+    good = {"prompt": "The film was", "options": [" good", " bad"], "label": 0}
+    for change, message, kwargs in [
+        ({"options": [" good"]}, "Row 1 has 1 options; a choice needs two or more", {}),
+        ({"label": 2}, r"Row 1: label 2 is no index into its 2 options \(0 to 1; -100", {}),
+        ({"label": 0.5}, "Row 1: label 0.5 is no index", {}),
+        ({"options": [" good", ""]}, "Row 1: '' adds no token to its prompt, which ends in 'The film was'", {}),
+        ({"prompt": ""}, "Row 1: nothing comes before ' good'", {}),
+        ({"options": None}, r"needs `prompt` and `options` \(or", {}),
+        (
+            {"options": [" good", " very bad"]},
+            r"Row 1: scoring='label_word' .* got \[1, 2\]",
+            {"scoring": "label_word"},
+        ),
+        ({"options": [" good", " good"]}, "two options are the same token", {"scoring": "label_word"}),
+        ({"options": [" good", "  "]}, "counts the bytes .* one is empty", {"scoring": "per_byte"}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ChoiceCollator(tokenizer, **kwargs)([good, {**good, **change}])
+    with pytest.raises(ValueError, match="Texts need a tokenizer"):
+        ChoiceCollator()([good])
+    with pytest.raises(ValueError, match="`scoring` must be one of per_token, total, per_byte, label_word, got 'sum'"):
+        ChoiceCollator(tokenizer, scoring="sum")
+    with pytest.raises(ValueError, match="`prompt_ids` and each of `option_ids` need a token"):
+        ChoiceCollator()([{"prompt_ids": [1], "option_ids": [[2], []], "label": 0}])
+
+
+def test_batches_of_another_collator_are_refused(tmp_path):
+    from test_trainer import collate, language_data
+
+    args = arguments(tmp_path, task="choice")
+    trainer = MoECalTrainer(model=language_model(), args=args, train_dataset=language_data(), data_collator=collate)
+    with pytest.raises(ValueError, match="needs batches of hf_moecal.ChoiceCollator, got one with"):
+        trainer.train()
