@@ -318,3 +318,14 @@ def test_batches_of_another_collator_are_refused(tmp_path):
     trainer = MoECalTrainer(model=language_model(), args=args, train_dataset=language_data(), data_collator=collate)
     with pytest.raises(ValueError, match="needs batches of hf_moecal.ChoiceCollator, got one with"):
         trainer.train()
+
+
+@pytest.mark.parametrize("scoring", ["per_token", "label_word"])
+def test_the_prefix_cache_changes_nothing(tmp_path, scoring):
+    rows = examples(words=scoring == "label_word")
+    settings = dict(task="choice", objective="robust", train="last_moe_layer", max_steps=4, num_train_epochs=4)
+    _, plain = trained(language_model(), rows, arguments(tmp_path, **settings), scoring)
+    cached = arguments(tmp_path, prefix_cache=str(tmp_path / "cache"), **settings)
+    _, cached = trained(language_model(), rows, cached, scoring)
+    losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (plain, cached)]
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
