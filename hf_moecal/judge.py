@@ -15,7 +15,8 @@ from .head import RowSelector
 from .objectives import example_losses
 from .prefix_cache import PrefixCache
 from .probes import ExpertProbe, probe_experts
-from .tasks import Supervision, real_tokens, supervise_classification, supervise_lm
+from .table import IGNORED_LABEL
+from .tasks import Supervision, real_tokens, supervise_classification, supervise_lm, token_figures
 from .training_args import MoECalArguments
 from .window import Measurement
 
@@ -79,6 +80,7 @@ class Judge:
     def batch(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Gives the batch to run, as short as it can be; within the block a forward of it can be judged."""
         self._supervision = self.supervise(inputs)
+        self._positions, self._shape = self._supervision.tokens, inputs["input_ids"].shape
         inputs = flat_inputs(inputs) if self._args.task == "choice" else inputs
         with self._replaying(inputs) as batch, self._selecting(self._supervision.tokens):
             yield batch
@@ -118,13 +120,28 @@ class Judge:
 
     @torch.no_grad()
     def predictions(self, outputs: Any) -> Any:
-        """What evaluation collects of a forward: the outputs, or log-probabilities `[B, O]` of answer options."""
-        if self._args.task != "choice":
-            return outputs
+        """What evaluation collects of a forward: a classifier's outputs as they are; log-probabilities `[B, O]` of
+        answer options; figures `[B, S]` of a language model's supervised tokens, -100 at other positions.
+        """
         supervision = self._supervision
-        rows = self._reduced(outputs, lambda part, logits: supervision.row_values(part, logits, example_losses))
-        # Trainer pads batches of fewer options with -100, which among log-probabilities is as good as zero.
-        return {"logits": supervision.scores(rows).log_softmax(-1)}
+        if self._args.task == "choice":
+            rows = self._reduced(outputs, lambda part, logits: supervision.row_values(part, logits, example_losses))
+            # Trainer pads batches of fewer options with -100, which among log-probabilities is as good as zero.
+            return {"logits": supervision.scores(rows).log_softmax(-1)}
+        if self._args.task == "lm":
+            found = self._reduced(outputs, lambda part, logits: token_figures(logits, supervision.labels[part]))
+            nll, confidence, prediction, brier = found.unbind(-1)
+            correct = (prediction == supervision.labels).float()
+            return {"logits": self._spread(nll=nll, confidence=confidence, correct=correct, brier=brier)}
+        return outputs
+
+    def _spread(self, **figures: Tensor) -> dict[str, Tensor]:
+        """Figures of the judged positions, laid out like the batch."""
+        spread = {}
+        for name, values in figures.items():
+            spread[name] = values.new_full(self._shape, IGNORED_LABEL)
+            spread[name].view(-1)[self._positions] = values
+        return spread
 
     def _reduced(self, outputs: Any, reduce: Callable[[slice, Tensor], Tensor]) -> Tensor:
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]

@@ -122,6 +122,24 @@ def supervise_lm(inputs: Mapping[str, Any], *, per_token: bool) -> Supervision:
     return Supervision(tokens, shifted.reshape(-1)[tokens], example, rows, count)
 
 
+def token_figures(logits: Tensor, labels: Tensor) -> Tensor:
+    """What is kept of each supervised token's distribution over the vocabulary, `[n, 4]`, float32.
+
+    The columns are the label's negative log-likelihood (nats), the probability of the most likely token, that token,
+    and the Brier score sum_v (p_v - [v = label])^2.
+
+    Args:
+        logits (`Tensor` of shape `[n, V]`): of the tokens' positions.
+        labels (`Tensor` of shape `[n]`, int64): the tokens that came.
+    """
+    check_labels(labels, logits.shape[-1])
+    log_probs = logits.float().log_softmax(-1)
+    probs = log_probs.exp()
+    own = log_probs.gather(1, labels[:, None]).squeeze(1)
+    confidence, prediction = probs.max(-1)
+    return torch.stack([-own, confidence, prediction, probs.square().sum(-1) - 2 * own.exp() + 1], dim=-1)
+
+
 def real_tokens(dataset: Any) -> list[list[int]]:
     """Token ids of every row of a dataset, without what its `attention_mask` (if it has one) marks as padding.
 

@@ -47,7 +47,7 @@ class MoECalMixin:
         self._judge: Judge | None = None
         self._summaries: list[BatchSummary] = []
         self.compute_loss_func = self._objective_loss
-        if self.compute_metrics is None and args.task != "lm":
+        if self.compute_metrics is None:
             self.compute_metrics = calibration_metrics()
 
     # What Trainer calls, in the order in which it calls them.
@@ -60,11 +60,6 @@ class MoECalMixin:
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Serves `evaluate` and `predict`; over a dict of sets `evaluate` gives `eval_<set>_ece` and the like."""
-        if self.args.task == "lm" and not (kwargs.get("prediction_loss_only") or self.args.prediction_loss_only):
-            raise ValueError(
-                "task='lm' computes logits at the judged positions only, so they cannot be collected; use "
-                "evaluate() without `compute_metrics` for the loss, or a plain transformers.Trainer to predict."
-            )
         with self._judged():
             return super().evaluation_loop(*args, **kwargs)
 
@@ -229,9 +224,11 @@ class MoECalTrainer(MoECalMixin, Trainer):
     split. All of Trainer's arguments work; `args` must be [`MoECalArguments`].
 
     Over a dict of evaluation sets, `evaluate` gives `eval_<set>_ece`, `eval_<set>_nll` and so on, so that
-    `metric_for_best_model="eval_tweets_ece"` works. Each logging step reports the objective's value, the mean loss,
-    the effective sample size and largest weight of the adversary, the share of routing-relevant examples, and mean
-    disagreement and regret.
+    `metric_for_best_model="eval_tweets_ece"` works. For a language model these are the figures of its supervised
+    tokens, and `eval_<set>_sequence_ece` and so on those of its sequences, see [`calibration_metrics`]; `predict`
+    gives them per token instead of logits over the vocabulary. Each logging step reports the objective's value, the
+    mean loss, the effective sample size and largest weight of the adversary, the share of routing-relevant examples,
+    and mean disagreement and regret.
 
     Args:
         model (`PreTrainedModel`): a mixture-of-experts model with a sequence-classification or language-model head.

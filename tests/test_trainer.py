@@ -473,13 +473,37 @@ def test_an_adapter_is_not_trained_past(tmp_path):
         )
 
 
-def test_logits_of_a_language_model_are_not_collected(tmp_path):
-    rows = language_data()
-    trainer = MoECalTrainer(
-        model=language_model(), args=arguments(tmp_path, task="lm"), train_dataset=rows, data_collator=collate
-    )
-    with pytest.raises(ValueError, match="computes logits at the judged positions only"):
-        trainer.predict(rows)
+@pytest.mark.parametrize("settings", [{}, dict(batch_eval_metrics=True), dict(eval_accumulation_steps=1)])
+def test_figures_of_tokens_and_sequences(tmp_path, settings):
+    rows = language_data(7)  # batches of 3, 3 and 1, of different lengths
+    rows[4]["labels"] = torch.full_like(rows[4]["labels"], -100)
+    args = arguments(tmp_path, task="lm", objective="erm", per_device_eval_batch_size=3, **settings)
+    trainer = MoECalTrainer(model=language_model(), args=args, eval_dataset={"a": rows}, data_collator=collate)
+    figures = []
+    for row in rows:
+        with torch.no_grad():
+            probs = trainer.model.eval()(input_ids=row["input_ids"][None]).logits[0, :-1].softmax(-1).double()
+        own = [(p, int(label)) for p, label in zip(probs, row["labels"][1:], strict=True) if label != -100]
+        figures.append(
+            [
+                (p.max(), p.argmax() == y, -p[y].log(), (p - F.one_hot(torch.tensor(y), len(p))).square().sum())
+                for p, y in own
+            ]
+        )
+    tokens = torch.tensor([list(map(float, token)) for sequence in figures for token in sequence]).double()
+    sequences = torch.stack([torch.tensor([list(map(float, t)) for t in s]).double().mean(0) for s in figures if s])
+    found = trainer.evaluate()
+    for prefix, expected in (("", tokens), ("sequence_", sequences)):
+        confidence, correct, nll, brier = expected.T
+        bins = [(confidence > k / 15) & (confidence <= (k + 1) / 15) for k in range(15)]
+        ece = sum(abs(float((confidence - correct)[b].sum())) for b in bins) / len(expected)
+        assert found[f"eval_a_{prefix}ece"] == pytest.approx(ece, rel=1e-4)
+        assert found[f"eval_a_{prefix}accuracy"] == pytest.approx(correct.mean().item())
+        assert found[f"eval_a_{prefix}nll"] == pytest.approx(nll.mean().item(), rel=1e-4)
+        assert found[f"eval_a_{prefix}brier"] == pytest.approx(brier.mean().item(), rel=1e-4)
+        assert found[f"eval_a_{prefix}n"] == len(expected)
+    predicted = trainer.predict(rows)
+    assert predicted.predictions["nll"].shape[0] == 7 and (predicted.predictions["confidence"][4] == -100).all()
 
 
 def test_losses_that_are_nan_stop_training(tmp_path):

@@ -94,6 +94,10 @@ class CalibrationAccumulator:
         self._append(rows, self.groups.encode(columns))
         self.n_ignored += int(len(kept) - kept.sum())
 
+    def add_rows(self, rows: Rows) -> None:
+        """Adds examples that are reduced already, without groups."""
+        self._append(rows, {})
+
     def _append(self, rows: Rows, codes: dict[str, np.ndarray]) -> None:
         if self.fold_bins is not None:
             edges = [equal_width(self.fold_bins)]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from .accumulator import CalibrationAccumulator
 from .binning import DEFAULT_BINS
-from .inputs import check_length
+from .inputs import IGNORED_LABEL, Rows, check_length
 
 
 FLAT = ("ece", "ece_debiased", "nll", "brier", "accuracy", "signed_gap", "n")
@@ -19,10 +19,13 @@ def calibration_metrics(*, bins: int = DEFAULT_BINS, strategy: str = "equal_widt
     """A `compute_metrics` for any `Trainer`: calibration next to the loss, without changing how you train.
 
     The model's first output is taken as the logits [N, C] and `label_ids` as the classes [N] (-100 for none). It also
-    serves `batch_eval_metrics=True`.
+    serves `batch_eval_metrics=True`, and what [`MoECalTrainer`] collects of a language model: `confidence` (of the
+    most likely token), `correct`, `nll` and `brier`, [N, S] each, -100 where nothing is supervised.
 
     Returns:
-        `Callable`: gives `ece`, `ece_debiased`, `nll`, `brier`, `accuracy`, `signed_gap` and `n`.
+        `Callable`: gives `ece`, `ece_debiased`, `nll`, `brier`, `accuracy`, `signed_gap` and `n`. For a language model
+        these are over tokens; `sequence_ece` and so on are over sequences, of which each counts once, with the means
+        over its tokens: mean confidence against the share of tokens that are right.
 
     Example:
 
@@ -36,21 +39,44 @@ def calibration_metrics(*, bins: int = DEFAULT_BINS, strategy: str = "equal_widt
 
     ```
     """
-    pending = [CalibrationAccumulator()]
+    pending: dict[str, CalibrationAccumulator] = {}
 
     def compute_metrics(prediction: Any, compute_result: bool = True) -> dict[str, float]:
         logits, labels = (
             prediction if isinstance(prediction, tuple) else (prediction.predictions, prediction.label_ids)
         )
-        logits = logits[0] if isinstance(logits, tuple | list) else logits
-        pending[0].add(_labels_of(labels, logits), logits=logits)
+        if isinstance(logits, Mapping):
+            tokens, sequences = _token_rows(logits)
+            pending.setdefault("", CalibrationAccumulator()).add_rows(tokens)
+            pending.setdefault("sequence_", CalibrationAccumulator()).add_rows(sequences)
+        else:
+            logits = _on_cpu(logits[0] if isinstance(logits, tuple | list) else logits)
+            pending.setdefault("", CalibrationAccumulator()).add(_labels_of(_on_cpu(labels), logits), logits=logits)
         if not compute_result:
             return {}
-        accumulator, pending[0] = pending[0], CalibrationAccumulator()
-        report = accumulator.report(bins=bins, strategy=strategy, bootstrap=0, ranked=False)
-        return {name: float(report[name]) for name in FLAT}
+        settings = dict(bins=bins, strategy=strategy, bootstrap=0, ranked=False)
+        reports = {prefix: accumulator.report(**settings) for prefix, accumulator in pending.items()}
+        pending.clear()
+        return {prefix + name: float(report[name]) for prefix, report in reports.items() for name in FLAT}
 
     return compute_metrics
+
+
+def _on_cpu(value: Any) -> Any:
+    """Trainer hands over the device's tensors where it evaluates batch by batch."""
+    return value.cpu() if hasattr(value, "cpu") else value
+
+
+def _token_rows(figures: Mapping[str, Any]) -> tuple[Rows, Rows]:
+    """Rows of the supervised tokens, and of the sequences that have any."""
+    confidence, correct, nll, brier = (
+        np.asarray(_on_cpu(figures[name]), np.float64) for name in ("confidence", "correct", "nll", "brier")
+    )
+    judged = confidence != IGNORED_LABEL
+    count = judged.sum(1)
+    some = count > 0
+    means = [np.where(judged, values, 0.0).sum(1)[some] / count[some] for values in (confidence, correct, nll, brier)]
+    return Rows(confidence[judged], correct[judged] == 1, nll[judged], brier[judged]), Rows(*means)
 
 
 def _labels_of(labels: Any, logits: Any) -> Any:
