@@ -1,4 +1,4 @@
-"""`moecal`: train, predict, evaluate, calibrate, report, monitor and publish from the command line.
+"""`moecal`: plan, train, predict, evaluate, calibrate, report, monitor and publish from the command line.
 
 `moecal COMMAND --help` tells each command's options. Bad input ends with one sentence and exit code 2.
 """
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 fine, 1 drift (`monitor`), 2 bad input."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "train":
+    if rest and options.command not in ("train", "plan"):
         parser.error(f"unknown arguments: {' '.join(rest)}; see moecal {options.command} --help")
     options.overrides = rest
     try:
@@ -49,6 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "Fine-tune as a recipe says; any field can be overridden, as in --eta 1.0.")
     train.add_argument("--config", required=True, help="recipe, a YAML file")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+
+    plan = command(
+        "plan", _plan, "Say what a recipe trains, the memory it needs and what a step costs, without the weights."
+    )
+    plan.add_argument("--config", required=True, help="recipe; any field can be overridden, as in train")
+    plan.add_argument("--accelerate", metavar="FILE", help="configuration for accelerate launch (default: one device)")
+    plan.add_argument("--rows", type=int, help="training rows (default: those of a local file)")
+    plan.add_argument("--judged", type=int, help="labelled positions per sequence of a language model (default: all)")
+    plan.add_argument("--json", action="store_true", help="print JSON, memory in bytes")
 
     predict = command(
         "predict", _predict, "Write the (uncalibrated) predictions table of a model on the sets of a recipe."
@@ -125,6 +134,21 @@ def _train(options: Options) -> None:
     from .runs import train_recipe
 
     train_recipe(load_recipe(options.config), overrides=options.overrides, resume=options.resume)
+
+
+def _plan(options: Options) -> None:
+    from .plan import make_plan, read_launch
+    from .recipe import load_recipe
+
+    launch = None if options.accelerate is None else read_launch(options.accelerate)
+    plan = make_plan(
+        load_recipe(options.config),
+        overrides=options.overrides,
+        launch=launch,
+        rows=options.rows,
+        judged=options.judged,
+    )
+    print(json.dumps(plan.to_dict(), indent=1) if options.json else "\n".join(plan.lines()))
 
 
 def _predict(options: Options) -> None:

@@ -2,16 +2,22 @@
 
 ```yaml
 model: Qwen/Qwen1.5-MoE-A2.7B            # a Hub id or a folder
+dtype: bfloat16                          # precision in which the weights are loaded; float32 if unset
 data:
   text: text                             # column to tokenize
   label: label                           # column with the class
   max_length: 128
-  train: {path: imdb, split: train}      # a Hub id, or a .parquet, .jsonl or .csv file
+  train: {path: imdb, split: train}      # a Hub id, or a .parquet, .jsonl or .csv file, also hf://datasets/...
   validation: {path: imdb, split: test}
 groups:                                  # evaluation sets, by name
   tweets: {path: tweets.parquet, where: {split: test}}
+  amazon: {path: fancyzhx/amazon_polarity, split: "test[:10000]", text: content}   # its own column names
 objective: robust_filtered               # every other key is a field of MoECalArguments
 ```
+
+Where the label is a score, `threshold: 0.5` beside `label: toxicity` makes the classes: 1 from that score on, 0 below.
+`where` keeps the rows that meet every condition: `column: value`, `column: [one, of, these]`, or a comparison,
+`column: {">=": 0.5}` with `>=`, `>`, `<=`, `<` or `!=`; a missing value meets `!=` only.
 
 `${NAME}` in a path is an environment variable; `MOECAL_CACHE` falls back to the folder where the data scripts write.
 """
@@ -20,9 +26,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +43,11 @@ from .training_args import MoECalArguments
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_SET_KEYS = ("path", "name", "split", "where", "revision")
-_DATA_KEYS = ("text", "label", "max_length", "train", "validation")
+_COLUMN_KEYS = ("text", "label", "threshold")
+_SET_KEYS = ("path", "name", "split", "where", "revision", *_COLUMN_KEYS)
+_DATA_KEYS = (*_COLUMN_KEYS, "max_length", "train", "validation")
+_DTYPES = ("float32", "bfloat16")
+_COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt, "!=": operator.ne}
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,9 @@ class Recipe:
         train, validation (`dict`, *optional*): where these sets come from; see [`load_set`].
         groups (`dict[str, dict]`): evaluation sets by name.
         text, label (`str`): columns.
+        threshold (`float`, *optional*): score of the label column from which on the class is 1; classes if unset.
         max_length (`int`, *optional*): tokens after which a text is cut.
+        dtype (`str`): precision in which the model's weights are loaded.
         arguments (`dict`): fields of [`MoECalArguments`].
     """
 
@@ -59,7 +71,9 @@ class Recipe:
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
     text: str = "text"
     label: str = "label"
+    threshold: float | None = None
     max_length: int | None = None
+    dtype: str = "float32"
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -79,9 +93,12 @@ def load_recipe(path: str | Path) -> Recipe:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be a mapping of keys to values, got {type(content).__name__}.")
     fields = [f.name for f in dataclasses.fields(MoECalArguments) if f.init]
-    _check_keys(path.name, content, ("model", "data", "groups", *fields))
+    _check_keys(path.name, content, ("model", "dtype", "data", "groups", *fields))
     if not isinstance(content.get("model"), str):
         raise ValueError(f"{path.name} has no `model`; give a Hub id or a folder.")
+    dtype = content.get("dtype", _DTYPES[0])
+    if dtype not in _DTYPES:
+        raise ValueError(f"{path.name}: `dtype` must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
     data = content.get("data") or {}
     _check_keys(f"{path.name}: data", data, _DATA_KEYS)
     groups = content.get("groups") or {}
@@ -90,6 +107,7 @@ def load_recipe(path: str | Path) -> Recipe:
             _check_keys(f"{path.name}: {name}", spec, _SET_KEYS)
     return Recipe(
         model=expand(content["model"]),
+        dtype=dtype,
         groups={str(name): spec for name, spec in groups.items()},
         arguments={key: value for key, value in content.items() if key in fields},
         **data,
@@ -97,42 +115,92 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def load_set(name: str, spec: Mapping[str, Any], recipe: Recipe) -> Dataset:
-    """Loads one set: `path` (a Hub id or a file), `name`, `split`, `revision`, `where` (column: value).
+    """Loads one set, with its text in the column `recipe.text` and its classes in the column `label`.
+
+    Args:
+        name (`str`): of the set, for messages.
+        spec (`Mapping`): `path` (a Hub id or a file), `name`, `split`, `revision`, `where`, and `text`, `label` and
+            `threshold` where they differ from the recipe's.
+        recipe ([`Recipe`]): names the columns.
 
     Raises:
-        ValueError: the set cannot be loaded, is empty, or lacks a column that the recipe names.
+        ValueError: the set cannot be loaded, is empty, lacks a column, or has rows without a score to compare.
     """
+    dataset = _where(name, _load(name, spec), spec.get("where") or {})
+    if len(dataset) == 0:
+        raise ValueError(f"Set {name!r} is empty: no row of {spec['path']!r} has {dict(spec.get('where') or {})}.")
+    text, label, threshold = (spec.get(key, getattr(recipe, key)) for key in _COLUMN_KEYS)
+    for column in (text, label):
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"Set {name!r} has no column {column!r}, only {dataset.column_names}; name the columns with `text:` "
+                "and `label:` under `data:` or in the set."
+            )
+    if threshold is not None:
+        dataset = _classes(name, dataset, label, float(threshold))
+    elif label != "label":
+        dataset = dataset.rename_column(label, "label")
+    return dataset if text == recipe.text else dataset.rename_column(text, recipe.text)
+
+
+def _load(name: str, spec: Mapping[str, Any]) -> Dataset:
     from datasets import load_dataset
 
     if "path" not in spec:
         raise ValueError(f"Set {name!r} has no `path`; give a Hub id or a file.")
     path, split = expand(spec["path"]), spec.get("split", "train")
     kind = FILE_KINDS.get(Path(path).suffix)
-    if kind is not None and not Path(path).is_file():
+    if kind is None:
+        return load_dataset(path, spec.get("name"), split=split, revision=spec.get("revision"))
+    if "://" not in path and not Path(path).is_file():
         raise ValueError(f"Set {name!r}: no file at {path!r}; fetch it first, or correct the path.")
     given = [key for key in ("split", "name", "revision") if key in spec]
-    if kind is not None and given:
+    if given:
         raise ValueError(
             f"Set {name!r}: a file has no {', '.join(given)}; choose rows with `where: {{column: value}}`."
         )
-    if kind is not None:
-        dataset = load_dataset(kind, data_files=path, split="train")
-    else:
-        dataset = load_dataset(path, spec.get("name"), split=split, revision=spec.get("revision"))
-    for column, wanted in (spec.get("where") or {}).items():
+    return load_dataset(kind, data_files=path, split="train")
+
+
+def _where(name: str, dataset: Dataset, conditions: Mapping[str, Any]) -> Dataset:
+    for column, condition in conditions.items():
         if column not in dataset.column_names:
             raise ValueError(f"Set {name!r} has no column {column!r}, only {dataset.column_names}.")
+        meets = _condition(f"Set {name!r}: where: {column}", condition)
         values = dataset[column][:]
-        dataset = dataset.select([row for row, value in enumerate(values) if value == wanted])
-    if len(dataset) == 0:
-        raise ValueError(f"Set {name!r} is empty: no row of {path!r} has {dict(spec.get('where') or {})}.")
-    for column in (recipe.text, recipe.label):
-        if column not in dataset.column_names:
+        try:
+            dataset = dataset.select([row for row, value in enumerate(values) if meets(value)])
+        except TypeError as error:
             raise ValueError(
-                f"Set {name!r} has no column {column!r}, only {dataset.column_names}; name the columns with `text:` "
-                "and `label:` under `data:`."
-            )
-    return dataset if recipe.label == "label" else dataset.rename_column(recipe.label, "label")
+                f"Set {name!r}: where: {column}: {condition!r} does not fit the column: {error}."
+            ) from error
+    return dataset
+
+
+def _condition(where: str, condition: Any) -> Callable[[Any], bool]:
+    if isinstance(condition, list):
+        return lambda value: value in condition
+    if not isinstance(condition, Mapping):
+        return lambda value: value == condition
+    _check_keys(where, condition, tuple(_COMPARE))
+
+    def meets(value: Any) -> bool:
+        present = value is not None
+        return all((present or sign == "!=") and _COMPARE[sign](value, wanted) for sign, wanted in condition.items())
+
+    return meets
+
+
+def _classes(name: str, dataset: Dataset, column: str, threshold: float) -> Dataset:
+    scores = dataset[column][:]
+    missing = sum(not isinstance(score, (int, float)) or score != score for score in scores)
+    if missing:
+        raise ValueError(
+            f"Set {name!r}: {missing} of {len(scores)} rows have no number in {column!r} to compare with `threshold: "
+            f"{threshold}`; leave them out with `where`."
+        )
+    kept = dataset.remove_columns([column] if column == "label" else [])
+    return kept.add_column("label", [int(score >= threshold) for score in scores])
 
 
 def expand(value: str) -> str:

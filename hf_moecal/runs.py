@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 
@@ -41,7 +42,7 @@ def parse_arguments(recipe: Recipe, overrides: Sequence[str] = ()) -> MoECalArgu
 
 
 def load_classifier(
-    path: str, num_labels: int | None = None, *, seed: int = 0
+    path: str, num_labels: int | None = None, *, seed: int = 0, dtype: str = "float32"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A sequence-classification model and its tokenizer; a head that the checkpoint lacks is drawn from `seed`."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
@@ -49,10 +50,24 @@ def load_classifier(
     set_seed(seed)
     changes = {} if num_labels is None else {"num_labels": num_labels}
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype="float32", **changes)
+    model = AutoModelForSequenceClassification.from_pretrained(path, **_precision(path, dtype), **changes)
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def _precision(path: str, dtype: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that give plain weights, also where the checkpoint stores them quantized."""
+    from transformers import AutoConfig
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    stored = getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
+    if stored is None:
+        return {"dtype": dtype}
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING[stored["quant_method"]]
+    if "dequantize" not in inspect.signature(kind.__init__).parameters:
+        return {"dtype": dtype}
+    return {"dtype": dtype, "quantization_config": kind.from_dict({**stored, "dequantize": True})}
 
 
 def train_recipe(recipe: Recipe, *, overrides: Sequence[str] = (), resume: bool = False) -> MoECalTrainer:
@@ -76,7 +91,7 @@ def train_recipe(recipe: Recipe, *, overrides: Sequence[str] = (), resume: bool 
     sets |= recipe.groups if arguments.eval_strategy != "no" else {}
     loaded = {name: load_set(name, spec, recipe) for name, spec in sets.items()}
     classes = 1 + max(max(dataset["label"]) for dataset in loaded.values())
-    model, tokenizer = load_classifier(recipe.model, classes, seed=arguments.seed)
+    model, tokenizer = load_classifier(recipe.model, classes, seed=arguments.seed, dtype=recipe.dtype)
     encoded = {name: _encode(dataset, tokenizer, recipe) for name, dataset in loaded.items()}
     trainer = MoECalTrainer(
         model=model,
@@ -121,7 +136,7 @@ def predict_recipe(
     if missing or not wanted:
         raise ValueError(f"The recipe has no set {missing or 'at all'}; it has {list(known)}.")
     if isinstance(model, str):
-        model, tokenizer = load_classifier(model)
+        model, tokenizer = load_classifier(model, dtype=recipe.dtype)
         model.to(PartialState().device)
     else:
         from transformers import AutoTokenizer

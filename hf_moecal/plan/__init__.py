@@ -1,0 +1,258 @@
+"""A dry run of a recipe: what trains, what each device needs, what a step costs. Nothing but the config is downloaded.
+
+The model is built from its configuration on fake tensors, which have shapes and no content.
+
+What the numbers leave out: buffers that exist only inside one operation, the expert probe's record of one layer,
+memory that the allocator holds but does not use, CUDA's own (about 1 GiB) and evaluation. Leave a tenth or more of the
+device free. AdamW is assumed, and micro-batches that are full and padded to `max_length`. Where weights loaded in
+float32 run under autocast (mixed precision without sharding) activations are counted in float32, an upper bound.
+`scripts/gpu_check.py` measures on a real device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..freezing import set_trainable
+from ..probes import MoELayer, UnsupportedMoEError, find_moe_layers
+from ..recipe import Recipe, load_set
+from ..runs import parse_arguments
+from ..table import FILE_KINDS
+from .launch import Launch, read_launch
+from .memory import GIB, Counts, Memory, activation_memory, count_parameters, logits_memory, state_memory, weights_of
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..training_args import MoECalArguments
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimizer step: what the objective is taken over, and what it costs.
+
+    Attributes:
+        per_device, accumulation, devices (`int`): the batch and how it is split.
+        examples (`int`): their product; the objective is a function of that many losses.
+        extra_forwards (`int`): forwards without gradient that a robust step takes beyond those of plain training.
+        steps, robust_steps (`int`, *optional*): steps in all, and those after the warm-up; `None` where the number of
+            training rows is not known.
+    """
+
+    per_device: int
+    accumulation: int
+    devices: int
+    extra_forwards: int
+    steps: int | None
+    robust_steps: int | None
+
+    @property
+    def examples(self) -> int:
+        return self.per_device * self.accumulation * self.devices
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What [`make_plan`] found.
+
+    Attributes:
+        model (`str`): Hub id or folder.
+        counts ([`~hf_moecal.plan.memory.Counts`]): parameters in all, active per token, and those that train.
+        trains (`str`): one line that says what trains.
+        layers (`list[MoELayer]`): the MoE layers.
+        unsupported (`str`, *optional*): why the experts cannot be probed; such a model trains with every objective but
+            `robust_filtered`.
+        launch ([`~hf_moecal.plan.launch.Launch`]): devices, sharding, precision.
+        batch ([`Batch`]): the optimizer batch.
+        memory ([`~hf_moecal.plan.memory.Memory`]): bytes on the fullest device.
+    """
+
+    model: str
+    counts: Counts
+    trains: str
+    layers: list[MoELayer]
+    unsupported: str | None
+    launch: Launch
+    batch: Batch
+    memory: Memory
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan for `--json`; memory in bytes."""
+        layers = [{"name": x.name, "num_experts": x.num_experts, "top_k": x.top_k} for x in self.layers]
+        return {
+            "model": self.model,
+            "parameters": self.counts._asdict(),
+            "trains": self.trains,
+            "moe_layers": layers,
+            "unsupported": self.unsupported,
+            "launch": asdict(self.launch),
+            "batch": {**asdict(self.batch), "examples": self.batch.examples},
+            "memory": {**asdict(self.memory), "total": self.memory.total},
+        }
+
+    def lines(self) -> list[str]:
+        """The plan for people."""
+        counts, batch, memory = self.counts, self.batch, asdict(self.memory)
+        told = [
+            ("model", f"{self.model}: {counts.total / 1e9:.2f} B parameters, {counts.active / 1e9:.2f} B per token"),
+            ("trains", self.trains),
+            ("experts", self._experts()),
+            ("devices", str(self.launch)),
+            (
+                "batch",
+                f"{batch.per_device} x {batch.accumulation} accumulated x {batch.devices} devices = {batch.examples} "
+                "examples, over all of which the objective is taken",
+            ),
+            ("steps", _steps(batch)),
+            ("memory", "GiB on the fullest device, an estimate"),
+        ]
+        shown = [f"{name:<10}{text}" for name, text in told]
+        shown += [f"  {name:<14}{size / GIB:8.2f}" for name, size in memory.items()]
+        return [*shown, f"  {'total':<14}{self.memory.total / GIB:8.2f}"]
+
+    def _experts(self) -> str:
+        if self.unsupported is not None:
+            return f"not probed: {self.unsupported}"
+        last = self.layers[-1]
+        return (
+            f"{len(self.layers)} MoE layers, the last with {last.num_experts} experts of which a token uses "
+            f"{last.top_k}; they keep the contract of the probe, which certifies its path on the first batch"
+        )
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    overrides: Sequence[str] = (),
+    launch: Launch | None = None,
+    rows: int | None = None,
+    judged: int | None = None,
+) -> Plan:
+    """Plans the training that a recipe asks for.
+
+    Args:
+        recipe ([`~hf_moecal.recipe.Recipe`]): what to train on what; its data needs a `max_length`.
+        overrides (`Sequence[str]`): command-line arguments that override fields of the recipe.
+        launch ([`Launch`], *optional*): from [`read_launch`]; one process if unset.
+        rows (`int`, *optional*): training rows, where the set is not a local file.
+        judged (`int`, *optional*): positions of a sequence that have a label; all of a language model's if unset.
+
+    Raises:
+        ValueError: the recipe, a field or the configuration of the model is wrong, or the recipe has no `max_length`.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    launch = launch or Launch()
+    args = parse_arguments(recipe, [*overrides, "--use_cpu", "True"])  # bf16 is refused where no GPU is at hand
+    if recipe.max_length is None:
+        raise ValueError("The recipe has no `max_length` under `data:`, so the length of a batch is unknown; add it.")
+    launch = _with_precision(launch, args)
+    loaded = getattr(torch, recipe.dtype).itemsize
+    computes = 2 if launch.precision != "no" and launch.sharding not in ("none", "ddp") else loaded
+    with FakeTensorMode():
+        model = _build(recipe, args)
+        trains = set_trainable(model, args.train)
+        layers, unsupported = _moe_layers(model, args)
+        weights = weights_of(model, layers, itemsize=loaded)
+        activations = activation_memory(
+            model,
+            batch=args.per_device_train_batch_size,
+            length=recipe.max_length,
+            checkpointing=bool(args.gradient_checkpointing) or launch.checkpointing,
+            itemsize=computes,
+        )
+    states = state_memory(weights, launch)
+    logits = _logits(model, args, judged=judged or recipe.max_length, itemsize=computes)
+    return Plan(
+        model=recipe.model,
+        counts=count_parameters(weights),
+        trains=trains,
+        layers=layers,
+        unsupported=unsupported,
+        launch=launch,
+        batch=plan_batch(args, devices=launch.processes, rows=_rows(recipe) if rows is None else rows),
+        memory=Memory(**{**asdict(states), "activations": activations, "logits": logits}),
+    )
+
+
+def plan_batch(args: MoECalArguments, *, devices: int, rows: int | None) -> Batch:
+    """The optimizer batch and its steps, as Trainer counts them."""
+    accumulation, robust = args.gradient_accumulation_steps, args.is_robust and args.eta > 0
+    steps = args.max_steps if args.max_steps > 0 else None
+    if steps is None and rows is not None:
+        batches = math.ceil(math.ceil(rows / args.per_device_train_batch_size) / devices)
+        steps = math.ceil(args.num_train_epochs * max(1, math.ceil(batches / accumulation)))
+    return Batch(
+        per_device=args.per_device_train_batch_size,
+        accumulation=accumulation,
+        devices=devices,
+        extra_forwards=accumulation - 1 if robust else 0,
+        steps=steps,
+        robust_steps=None if steps is None else sum(args.eta_at(step / steps) > 0 for step in range(steps)),
+    )
+
+
+def _steps(batch: Batch) -> str:
+    extra = f"{batch.extra_forwards} forwards without gradient more than plain training"
+    if batch.steps is None:
+        return f"{extra} in each after the warm-up; how many steps is not known without the data: give --rows"
+    if batch.robust_steps == 0:
+        return f"{batch.steps:,}, none of them with extra forwards"
+    return f"{batch.steps:,}, of which {batch.robust_steps:,} after the warm-up; each of these takes {extra}"
+
+
+def _build(recipe: Recipe, args: MoECalArguments) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(recipe.model)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # training needs the weights in full
+    kind = AutoModelForSequenceClassification if args.task == "classification" else AutoModelForCausalLM
+    if type(config) not in kind._model_mapping:
+        raise ValueError(
+            f"{config.model_type} has no {kind.__name__.removeprefix('AutoModelFor')} head in transformers; choose "
+            "another `task` or model (recipes/families.md)."
+        )
+    return kind.from_config(config, dtype=torch.bfloat16).train()
+
+
+def _moe_layers(model: PreTrainedModel, args: MoECalArguments) -> tuple[list[MoELayer], str | None]:
+    try:
+        return find_moe_layers(model), None
+    except UnsupportedMoEError as reason:
+        if args.objective == "robust_filtered":
+            raise
+        return [], str(reason)
+
+
+def _with_precision(launch: Launch, args: MoECalArguments) -> Launch:
+    own = "bf16" if args.bf16 else "fp16" if args.fp16 else launch.precision
+    return Launch(**{**asdict(launch), "precision": own})
+
+
+def _logits(model: PreTrainedModel, args: MoECalArguments, *, judged: int, itemsize: int) -> int:
+    batch = args.per_device_train_batch_size
+    if args.task == "classification":
+        return logits_memory(batch, model.config.num_labels, itemsize=itemsize)
+    return logits_memory(batch * judged, model.config.get_text_config().vocab_size, itemsize=itemsize)
+
+
+def _rows(recipe: Recipe) -> int | None:
+    """Training rows of a local file; a set on the Hub is not downloaded."""
+    from pathlib import Path
+
+    from ..recipe import expand
+
+    spec = recipe.train or {}
+    path = expand(spec.get("path", ""))
+    local = Path(path).suffix in FILE_KINDS and Path(path).is_file()
+    return len(load_set("train", spec, recipe)) if local else None
+
+
+__all__ = ["Batch", "Launch", "Plan", "make_plan", "plan_batch", "read_launch"]
