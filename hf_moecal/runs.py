@@ -102,6 +102,8 @@ def train_recipe(recipe: Recipe, *, overrides: Sequence[str] = (), resume: bool 
     )
     trainer.accelerator.print(trainer.trains)
     trainer.train(resume_from_checkpoint=_last_checkpoint(arguments) if resume else None)
+    if trainer.is_fsdp_enabled:  # sharded checkpoints resume; what is published is whole
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     trainer.save_training_record()
     return trainer
