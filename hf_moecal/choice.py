@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .probes import ExpertProbe
+    from .readout import Mixed
 
 SCORINGS = ("per_token", "total", "per_byte", "label_word")
 CHOICE_COLUMNS = ("prompt", "options", "prompt_ids", "option_ids")
@@ -228,12 +229,27 @@ class OptionSupervision(NamedTuple):
 
     def probed(self, probe: ExpertProbe) -> tuple[Tensor, Tensor]:
         """Disagreement and regret of each labelled example: means over the tokens of its right option."""
-        example = self.option // self.lengths.shape[1]
-        chosen = self.right[example] == self.option % self.lengths.shape[1]
+        chosen = self._right_rows
         found = probe.disagreement_and_regret(self.tokens[chosen], self.labels[chosen])
-        member = torch.unique(example[chosen], return_inverse=True)[1]
+        return tuple(self._mean(values, chosen) for values in found)
+
+    def narrowed(self, part: slice, mixed: Mixed) -> tuple[Mixed, Tensor]:
+        """The mixture of a slice of the rows, and the options' tokens there."""
+        return mixed, self.labels[part]
+
+    def mean_by_example(self, values: Tensor) -> Tensor:
+        """Mean of per-row values over the right option of each labelled example: `[n]` -> `[num_examples]`."""
+        return self._mean(values[self._right_rows], self._right_rows)
+
+    @property
+    def _right_rows(self) -> Tensor:
+        width = self.lengths.shape[1]
+        return (self.right[self.option // width] == self.option % width).nonzero().squeeze(1)
+
+    def _mean(self, values: Tensor, rows: Tensor) -> Tensor:
+        member = torch.unique(self.option[rows] // self.lengths.shape[1], return_inverse=True)[1]
         count = torch.bincount(member)
-        return tuple(values.new_zeros(len(count)).index_add(0, member, values) / count for values in found)
+        return values.new_zeros(len(count)).index_add(0, member, values) / count
 
 
 class WordSupervision(NamedTuple):
@@ -264,6 +280,15 @@ class WordSupervision(NamedTuple):
     def example_losses(self, rows: Tensor, loss: Loss) -> Tensor:
         """Loss over the options of each labelled example, `[num_examples]`, with gradient."""
         return choice_losses(rows, self.candidates != IGNORED_LABEL, self.right, loss)
+
+    def narrowed(self, part: slice, mixed: Mixed) -> tuple[Mixed, Tensor]:
+        """The mixture of a slice of the rows over their candidates, and the right one; any for rows without label."""
+        own, alone = (among(logits, self.candidates[part]).log_softmax(-1) for logits in mixed[:2])
+        return mixed._replace(log_probs=own, expert_log_probs=alone), self.right[part].clamp_min(0)
+
+    def mean_by_example(self, values: Tensor) -> Tensor:
+        """The rows with a label: `[n]` -> `[num_examples]`."""
+        return values[self.right != IGNORED_LABEL]
 
     def probed(self, probe: ExpertProbe) -> tuple[Tensor, Tensor]:
         """Disagreement and regret of each labelled example, over the distribution of its options."""

@@ -15,8 +15,9 @@ from .head import RowSelector
 from .objectives import example_losses
 from .prefix_cache import PrefixCache
 from .probes import ExpertProbe, probe_experts
+from .readout import ClassifierReadout, Mixed, Mixture, Readout, mean_expert_loss, mixed_agreement
 from .table import IGNORED_LABEL
-from .tasks import Supervision, real_tokens, supervise_classification, supervise_lm, token_figures
+from .tasks import Loss, Supervision, real_tokens, supervise_classification, supervise_lm, token_figures
 from .training_args import MoECalArguments
 from .window import Measurement
 
@@ -42,15 +43,22 @@ class Judge:
         self._selector: RowSelector | None = None
         self._probe: ExpertProbe | None = None
         self._prefix: PrefixCache | None = None
+        self._mixture: Mixture | None = None
+        self._classifier: ClassifierReadout | None = None
         self._supervision: Judged | None = None
+        self._alone: dict[str, Tensor] = {}
 
     def __enter__(self) -> Judge:
         with ExitStack() as stack:
             if self._args.prefix_cache is not None:
                 cache = PrefixCache(self._model, self._args.prefix_cache, dtype=self._args.prefix_cache_dtype)
                 self._prefix = stack.enter_context(cache)
-            if self._args.objective == "robust_filtered":
+            if self._args.objective == "robust_filtered" or self._args.readout != "native":
                 self._probe = stack.enter_context(probe_experts(self._model, layer=self._args.probe_layer))
+            if self._args.readout != "native":
+                self._mixture = Mixture(self._probe, Readout(self._args.readout, self._args.readout_experts))
+            if self._mixture is not None and self._args.task == "classification":
+                self._classifier = stack.enter_context(ClassifierReadout(self._model, self._mixture))
             if self._args.task != "classification":
                 quiet = nullcontext if self._probe is None else self._probe.paused
                 self._selector = stack.enter_context(RowSelector(self._model, quiet=quiet))
@@ -82,8 +90,11 @@ class Judge:
         self._supervision = self.supervise(inputs)
         self._positions, self._shape = self._supervision.tokens, inputs["input_ids"].shape
         inputs = flat_inputs(inputs) if self._args.task == "choice" else inputs
-        with self._replaying(inputs) as batch, self._selecting(self._supervision.tokens):
-            yield batch
+        with self._replaying(inputs) as batch:
+            judged = self._supervision.tokens
+            # A mixture has no use for the model's own logits, but the model's forward cannot do without any.
+            with self._selecting(judged if self._mixture is None else judged[:1]):
+                yield batch
 
     @contextmanager
     def _replaying(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -106,14 +117,25 @@ class Judge:
         supervision, args = self._supervision, self._args
         own = {"objective": args.objective, "label_smoothing": args.label_smoothing_factor}
         loss = partial(example_losses, **({} if plain else {**own, "focal_gamma": args.focal_gamma}))
-        rows = self._reduced(outputs, lambda part, logits: supervision.row_values(part, logits, loss))
+        wanted = self._asked_of_experts()
+        if wanted and len(supervision.tokens):
+            rows = self._rows_with_experts(wanted, loss)
+        else:
+            rows = self._reduced(outputs, lambda part, logits: supervision.row_values(part, logits, loss))
+            self._alone = {name: rows.new_zeros(0) for name in wanted}
         return supervision.example_losses(rows, loss)
+
+    def expert_losses(self) -> Tensor:
+        """Loss of each example's experts on their own, `[num_examples]`, with gradient; of the last `losses`."""
+        return self._alone["expert_loss"]
 
     @torch.no_grad()
     def measure(self, losses: Tensor) -> Measurement:
         """The losses with each example's regret and disagreement, NaN where nothing probes."""
         regret = disagreement = torch.full_like(losses, float("nan"), dtype=torch.float64)
-        if self._probe is not None and len(losses):
+        if "regret" in self._alone:
+            disagreement, regret = (self._alone[name].double() for name in ("disagreement", "regret"))
+        elif self._probe is not None and self._mixture is None and len(losses):
             with self._selecting(None):  # the probe calls the head on rows of its own choice
                 disagreement, regret = (values.double() for values in self._supervision.probed(self._probe))
         return Measurement(losses.detach().double(), regret, disagreement)
@@ -143,7 +165,38 @@ class Judge:
             spread[name].view(-1)[self._positions] = values
         return spread
 
+    def _asked_of_experts(self) -> list[str]:
+        """What a mixture's experts are asked on their own."""
+        if self._mixture is None:
+            return []
+        filtered = ["disagreement", "regret"] if self._args.objective == "robust_filtered" else []
+        return filtered + (["expert_loss"] if self._args.expert_loss_weight else [])
+
+    def _rows_with_experts(self, wanted: list[str], loss: Loss) -> Tensor:
+        """The supervision's row values of the mixture; what its experts do on their own is kept."""
+        supervision = self._supervision
+
+        def reduce(part: slice, mixed: Mixed) -> Tensor:
+            narrow, labels = supervision.narrowed(part, mixed)
+            alone = list(mixed_agreement(narrow, labels)) if "regret" in wanted else []
+            alone += [mean_expert_loss(narrow, labels)] if "expert_loss" in wanted else []
+            values = supervision.row_values(part, mixed.log_probs, loss)
+            return torch.cat([torch.stack(alone, dim=1), values.reshape(len(labels), -1)], dim=1)
+
+        found = self._mixed(reduce)
+        alone = found[:, : len(wanted)].unbind(1)
+        self._alone = {name: supervision.mean_by_example(column) for name, column in zip(wanted, alone, strict=True)}
+        return found[:, len(wanted) :].squeeze(1)
+
+    def _mixed(self, reduce: Callable[[slice, Mixed], Tensor]) -> Tensor:
+        """`reduce` over chunks of the judged rows of a mixture; a classifier's was made in its forward."""
+        if self._classifier is None:
+            return self._mixture.reduced(self._supervision.tokens, reduce)
+        return reduce(slice(None), Mixed(*(values[self._supervision.rows] for values in self._classifier.mixed)))
+
     def _reduced(self, outputs: Any, reduce: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        if self._mixture is not None and len(self._supervision.tokens):
+            return self._mixed(lambda part, mixed: reduce(part, mixed.log_probs))
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         if self._selector is not None:
             return self._selector.reduced(logits, reduce)

@@ -14,6 +14,7 @@ from .table import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from .probes import ExpertProbe
+    from .readout import Mixed
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -39,6 +40,10 @@ class Supervision(NamedTuple):
     def row_values(self, part: slice, logits: Tensor, loss: Loss) -> Tensor:
         """Losses `[c]` of a slice of the rows, with gradient."""
         return loss(logits, self.labels[part])
+
+    def narrowed(self, part: slice, mixed: Mixed) -> tuple[Mixed, Tensor]:
+        """The mixture of a slice of the rows over the classes that it is judged on, and their labels."""
+        return mixed, self.labels[part]
 
     def example_losses(self, rows: Tensor, loss: Loss) -> Tensor:
         """Losses `[num_examples]` from those of the rows `[n]`."""

@@ -40,7 +40,7 @@ class MoECalMixin:
             kwargs["data_collator"] = ChoiceCollator(kwargs.get("processing_class"))
         super().__init__(model=model, args=args, **kwargs)
         _check_distribution(self)
-        if args.objective == "robust_filtered":
+        if args.objective == "robust_filtered" or args.readout != "native":
             find_moe_layers(self.model)  # refuses a model without mixtures now, not after the warm-up
         self._window: Window | None = None
         self._measuring: int | None = None
@@ -137,6 +137,8 @@ class MoECalMixin:
 
     def _settings(self) -> dict[str, Any]:
         names = ("objective", "eta", "detach_weights", "robust_warmup_ratio", "train", "seed", "num_train_epochs")
+        if self.args.readout != "native":
+            names += ("readout", "readout_experts", "expert_loss_weight")
         base = getattr(self.model.config, "_name_or_path", None)
         return {name: getattr(self.args, name) for name in names} | ({"base_model": base} if base else {})
 
@@ -193,8 +195,11 @@ class MoECalMixin:
         if window.coefficients is None:
             window.weigh(self.args, accelerator=self.accelerator)
         own = window.coefficients[window.position].to(losses.dtype)
+        total = (own * losses).sum()
+        if self.args.expert_loss_weight:
+            total = total + self.args.expert_loss_weight * window.share * self._judge.expert_losses().sum()
         # Gradients are averaged over processes, hence the factor. The constant makes the logged loss F's value.
-        return self.accelerator.num_processes * (own * losses).sum() + window.constant()
+        return self.accelerator.num_processes * total + window.constant()
 
     def _close(self, window: Window) -> None:
         if window.summary is None:
@@ -301,9 +306,22 @@ def _check_distribution(trainer: Trainer) -> None:
             f"One process drives {trainer.args.n_gpu} GPUs (DataParallel), which hides the batch's losses; start "
             "with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES=0."
         )
+    if trainer.args.readout != "native":
+        _check_mixture(trainer)
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and (parallelism.cp_enabled or getattr(parallelism, "sp_enabled", False)):
         raise ValueError(
             "Context or sequence parallelism splits a sequence over processes, which the objective does not support; "
             "use data parallelism (DDP, FSDP2 or ZeRO)."
         )
+
+
+def _check_mixture(trainer: Trainer) -> None:
+    """A mixture trains modules that are called outside the model's own forward, which not every wrapper sees."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"readout={trainer.args.readout!r} sends gradients through experts that run once more outside their layer, "
+            "where sharded weights (FSDP, DeepSpeed) would lose them; train with DDP, or with readout='native'."
+        )
+    if trainer.args.torch_compile:
+        raise ValueError(f"readout={trainer.args.readout!r} cannot be compiled; set torch_compile=False.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from .objectives import OBJECTIVES, TAU_DISAGREEMENT, TAU_REGRET, unknown_objective
+from .readout import READOUTS, Readout
 
 
 TASKS = ("classification", "choice", "lm")
@@ -33,6 +34,12 @@ class MoECalArguments(TrainingArguments):
         focal_gamma (`float`, *optional*, defaults to 2.0): exponent of the focal loss.
         probe_layer (`int`, *optional*, defaults to -1): MoE layer whose experts are probed, an index into
             `find_moe_layers(model)`.
+        readout (`str`, *optional*, defaults to `"native"`): what the losses and predictions are of: the model's own
+            prediction, or the probabilities of the last MoE layer's experts, mixed: `"mixture"` (those selected) or
+            `"soft_mixture"` (all, with the router's full distribution); see [`~hf_moecal.readout.Readout`].
+        readout_experts (`int`, *optional*): with `readout="soft_mixture"`, mix the experts with the largest shares only.
+        expert_loss_weight (`float`, *optional*, defaults to 0.0): weight of the mean over the examples of what each
+            expert of the mixture loses on its own, sum_k r_k l^(k), beside the objective.
         task (`str`, *optional*, defaults to `"classification"`): `"classification"` (a sequence-classification head),
             `"choice"` (a causal language model scored over answer options, see [`ChoiceCollator`]) or `"lm"` (a
             causal language model, labels at supervised positions).
@@ -72,6 +79,9 @@ class MoECalArguments(TrainingArguments):
     )
     focal_gamma: float = field(default=2.0, metadata={"help": "Exponent of the focal loss."})
     probe_layer: int = field(default=-1, metadata={"help": "Index of the probed MoE layer."})
+    readout: str = field(default="native", metadata={"help": f"What predicts: one of {', '.join(READOUTS)}."})
+    readout_experts: int | None = field(default=None, metadata={"help": "Experts of a soft mixture; all if unset."})
+    expert_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the experts' losses on their own."})
     task: str = field(default="classification", metadata={"help": f"One of {', '.join(TASKS)}."})
     example: str = field(default="sequence", metadata={"help": "For task=lm: 'sequence' or 'token'."})
     train: str = field(default="all", metadata={"help": f"What trains: one of {', '.join(TRAIN_PRESETS)}."})
@@ -97,6 +107,7 @@ class MoECalArguments(TrainingArguments):
         _within("tau_regret", self.tau_regret, 0, float("inf"), f"the paper uses {TAU_REGRET}")
         _within("tau_disagreement", self.tau_disagreement, 0, float("inf"), f"the paper uses {TAU_DISAGREEMENT}")
         _within("focal_gamma", self.focal_gamma, 0, float("inf"), "2.0 is usual")
+        self._check_readout()
         if self.relevance_quantile is not None and not 0 < self.relevance_quantile <= 1:
             raise ValueError(
                 f"`relevance_quantile` must lie in (0, 1], got {self.relevance_quantile}; 0.3 keeps the top 30 %."
@@ -116,6 +127,20 @@ class MoECalArguments(TrainingArguments):
             raise ValueError(
                 f"`prefix_cache` needs frozen first layers, but train={self.train!r} updates them; "
                 "set train='last_moe_layer' or leave `prefix_cache` unset."
+            )
+
+    def _check_readout(self) -> None:
+        Readout(self.readout, self.readout_experts)
+        _within("expert_loss_weight", self.expert_loss_weight, 0, float("inf"), "0 leaves the experts to the mixture")
+        if self.expert_loss_weight and self.readout == "native":
+            raise ValueError(
+                f"`expert_loss_weight={self.expert_loss_weight}` needs experts that predict; set readout='mixture' or "
+                "'soft_mixture', or the weight to 0."
+            )
+        if self.readout != "native" and self.probe_layer != -1:
+            raise ValueError(
+                f"readout={self.readout!r} is that of the last MoE layer, got probe_layer={self.probe_layer}; leave it "
+                "at -1."
             )
 
     @property

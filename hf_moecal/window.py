@@ -54,6 +54,8 @@ class Window:
         self.frontier: RandomState | None = None
         self.coefficients: list[Tensor] | None = None
         self.summary: BatchSummary | None = None
+        self.share = 0.0
+        """1/N: what a mean over the examples of the whole optimizer batch gives each of them."""
         self._constant = 0.0
 
     @property
@@ -90,6 +92,7 @@ class Window:
             eta=self.eta,
             detach_weights=args.detach_weights,
         )
+        self.share = 1 / len(rows)
         counts = [len(m.losses) for m in self.measured]
         self.coefficients = list(result.coefficients[start : start + len(own)].split(counts))
         self.summary = _summarise(result, losses, relevant, regret, disagreement)
@@ -98,8 +101,8 @@ class Window:
     def weigh_equally(self, counts: list[int], *, accelerator: Accelerator) -> None:
         """Gives each of the batch's examples the coefficient 1/N: what a mean needs, with no first pass."""
         own = torch.tensor(counts, dtype=torch.float64, device=accelerator.device)
-        total = accelerator.gather(own.sum()[None]).sum().clamp(min=1)
-        self.coefficients = [(1 / total).expand(count) for count in counts]
+        self.share = 1 / accelerator.gather(own.sum()[None]).sum().clamp(min=1).item()
+        self.coefficients = [torch.full((count,), self.share, dtype=own.dtype, device=own.device) for count in counts]
 
     def constant(self) -> float:
         """F(l) - sum_i c_i l_i, once per window: added, it makes the sum of the micro-batches' losses F(l)."""

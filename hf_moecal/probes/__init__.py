@@ -9,9 +9,9 @@ probe.disagreement(tokens)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,16 @@ class ExpertProbe:
         """Forwards inside this context leave no record; the last one stays."""
         with self._answers.recorder.paused():
             yield
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether forwards leave no record now, as in a replay of the probe's own."""
+        return self._answers.recorder.muted
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of the base model in the last forward."""
+        return self._answers.capture.inputs
 
     # Routing
 
@@ -110,17 +120,35 @@ class ExpertProbe:
                 the number of those to which the router gives most, selected or not.
             layer (`int` or `str`, *optional*): which of several probed layers.
         """
+        return self.reduced(tokens, lambda part, alone: alone, experts=experts, layer=layer)
+
+    def reduced(
+        self,
+        tokens: Tensor,
+        reduce: Callable[[slice, Tensor], Tensor],
+        *,
+        experts: Experts | Tensor = "selected",
+        layer: Layer = None,
+    ) -> Tensor:
+        """`reduce(part, expert_logits [c, k, V])` over chunks of the tokens, joined, for logits too many to hold.
+
+        Args:
+            tokens (`Tensor`): flat indices `[n]` or a boolean mask `[B, S]`.
+            reduce (`Callable`): maps a slice of the tokens and their experts' logits to one row for each token.
+            experts (`str`, `int` or `LongTensor` of shape `[n, k]`): as in `expert_logits`, or each token's own.
+            layer (`int` or `str`, *optional*): which of several probed layers.
+        """
         flat = self._flat(tokens)
-        ids = self._ids(flat, experts, layer)
-        return self._answers.reduced(self._layer(layer), flat, ids, lambda part, own, alone: alone)
+        ids = experts if isinstance(experts, Tensor) else self._ids(flat, experts, layer)
+        return self._answers.reduced(self._layer(layer), flat, ids, lambda part, own, alone: reduce(part, alone))
 
     def disagreement(self, tokens: Tensor, *, layer: Layer = None) -> Tensor:
         """sum_k r_k ||p^(k) - p||^2 over the class probabilities (arXiv:2606.20544): `[n]`, between 0 and 2."""
         flat = self._flat(tokens)
         record = self.record_of(layer)[flat]
 
-        def reduce(part: slice, own: Tensor, alone: Tensor) -> Tensor:
-            return disagreement(own, alone, record.shares[part])
+        def reduce(part: slice, own: Callable[[], Tensor], alone: Tensor) -> Tensor:
+            return disagreement(own(), alone, record.shares[part])
 
         return self._answers.reduced(self._layer(layer), flat, record.expert_ids, reduce)
 
@@ -151,10 +179,11 @@ class ExpertProbe:
         flat = self._flat(tokens)
         labels, record = self._labels(flat, labels), self.record_of(layer)[flat]
 
-        def reduce(part: slice, own: Tensor, alone: Tensor) -> Tensor:
+        def reduce(part: slice, own: Callable[[], Tensor], alone: Tensor) -> Tensor:
+            both = own(), alone
             if candidates is not None:
-                own, alone = among(own, candidates[part]), among(alone, candidates[part])
-            return torch.stack(disagreement_and_regret(own, alone, record.shares[part], labels[part]), -1)
+                both = [among(logits, candidates[part]) for logits in both]
+            return torch.stack(disagreement_and_regret(*both, record.shares[part], labels[part]), -1)
 
         disagreements, regrets = self._answers.reduced(self._layer(layer), flat, record.expert_ids, reduce).unbind(-1)
         return disagreements, regrets

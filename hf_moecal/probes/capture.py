@@ -161,7 +161,7 @@ class Recorder:
         self.replayed = replayed
         self.capture: Capture | None = None
         self._open: Capture | None = None
-        self._muted = False
+        self.muted = False
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -181,24 +181,24 @@ class Recorder:
             try:
                 yield
             finally:
-                self._muted, self._open = True, None
+                self.muted, self._open = True, None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Forwards inside this context leave nothing behind."""
-        before, self._muted = self._muted, True
+        before, self.muted = self.muted, True
         try:
             yield
         finally:
-            self._muted = before
+            self.muted = before
 
     @property
     def _recording(self) -> Capture | None:
         """Nothing outside a forward of the base model: a replay, or the recomputation of a checkpointed layer."""
-        return None if self._muted else self._open
+        return None if self.muted else self._open
 
     def _begin(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._muted:
+        if self.muted:
             return
         names = inspect.signature(base.forward).parameters
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}

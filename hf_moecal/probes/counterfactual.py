@@ -74,11 +74,16 @@ class Counterfactuals:
         return self._route(self.capture, layer, flat, ids, self._columns_of(layer))
 
     def reduced(
-        self, layer: MoELayer, flat: Tensor, ids: Tensor, reduce: Callable[[slice, Tensor, Tensor], Tensor]
+        self,
+        layer: MoELayer,
+        flat: Tensor,
+        ids: Tensor,
+        reduce: Callable[[slice, Callable[[], Tensor], Tensor], Tensor],
     ) -> Tensor:
-        """`reduce(part, logits [c, V], expert_logits [c, m, V])` chunk by chunk of the tokens, joined.
+        """`reduce(part, logits () -> [c, V], expert_logits [c, m, V])` chunk by chunk of the tokens, joined.
 
-        With gradient and several chunks, each is computed again in the backward pass.
+        With gradient and several chunks, each is computed again in the backward pass. The model's own logits are
+        computed only if they are asked for.
         """
         certificate, columns, capture = self.certificate(layer), self._columns_of(layer), self.capture
         self.call(layer)
@@ -91,7 +96,7 @@ class Counterfactuals:
             route = self._route(capture, layer, flat[part], ids[part], columns)
             with self._replay(capture):
                 alone = counterfactual_logits(self.parts, capture, layer, route, certificate)
-            return reduce(part, self._logits(capture, flat[part]), alone)
+            return reduce(part, lambda: self._logits(capture, flat[part]), alone)
 
         if len(parts) == 1 or not torch.is_grad_enabled():
             return torch.cat([answer(part) for part in parts])

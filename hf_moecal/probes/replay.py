@@ -183,8 +183,10 @@ class Reroute:
         index, weights = call.index[tokens], call.weights[tokens]
         outputs = consult(parts, layer, call, tokens, ids, columns=columns)
         scale = weights.unsqueeze(-1).to(outputs.dtype)
-        if ids.shape == index.shape and torch.equal(ids, index):
-            together = (scale * outputs).sum(1, keepdim=True)
+        where = (index.unsqueeze(-1) == ids.unsqueeze(1)).byte()
+        if where.any(-1).all():  # all that the model used are among them
+            place = where.argmax(-1).unsqueeze(-1).expand(-1, -1, outputs.shape[-1])
+            together = (scale * outputs.gather(1, place)).sum(1, keepdim=True)
         else:
             together = run_experts(parts, layer, call.hidden[tokens], index, weights).unsqueeze(1)
         return cls(tokens, scale.sum(1, keepdim=True) * outputs, together)

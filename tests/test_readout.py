@@ -1,0 +1,164 @@
+"""Mixtures of experts' predictions against a loop over the experts: whole forwards with one token rerouted."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_choice import examples as choice_examples
+from test_choice import trained as trained_choice
+from test_trainer import (
+    OBJECTIVES,
+    TASKS,
+    arguments,
+    classification_data,
+    classification_model,
+    collate,
+    language_model,
+    relative_error,
+    trained_gradients,
+)
+
+from hf_moecal import MoECalTrainer, probe_experts
+from hf_moecal.readout import Mixture, Readout, mix
+
+
+READOUTS = {
+    "mixture": dict(readout="mixture"),
+    "soft": dict(readout="soft_mixture"),
+    "soft of 3": dict(readout="soft_mixture", readout_experts=3),
+}
+
+
+def test_mixing_is_that_of_probabilities():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 3, 7, generator=generator)
+    shares = torch.rand(5, 3, generator=generator).softmax(-1)
+    found = mix(logits, shares)
+    expected = sum(shares[:, k, None].double() * logits[:, k].double().softmax(-1) for k in range(3))
+    assert (found.log_probs.exp() - expected).abs().max() < 1e-6
+    assert (found.log_probs.exp().sum(-1) - 1).abs().max() < 1e-6
+    assert (mix(logits + 1e4, shares).log_probs - found.log_probs).abs().max() < 2e-3
+
+
+def test_a_share_of_zero_neither_counts_nor_spoils_the_gradient():
+    logits = torch.tensor([[[1.0, 2.0], [5.0, -5.0]]], requires_grad=True)
+    shares = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    found = mix(logits, shares).log_probs
+    assert torch.equal(found[0], logits[0, 0].log_softmax(-1))
+    found[0, 0].backward()
+    assert torch.isfinite(logits.grad).all() and torch.isfinite(shares.grad).all()
+    assert logits.grad[0, 1].abs().max() < 1e-30
+
+
+def test_classes_of_probability_zero_leave_the_others_their_gradient():
+    logits = torch.tensor([[[1.0, 2.0, -torch.inf], [5.0, -5.0, -torch.inf]]], requires_grad=True)
+    found = mix(logits, torch.tensor([[0.5, 0.5]])).log_probs
+    assert found[0, 2].exp() == 0
+    found[0, 0].backward()
+    assert torch.isfinite(logits.grad).all() and logits.grad[0, :, :2].any()
+
+
+# The twin: one sequence alone, one forward per expert, everything written out.
+
+
+def loop(model, ids, position, settings):
+    """log p [C] and each expert's log p_k [m, C] with shares [m], from the definition, with gradient."""
+    experts, gate = model.model.layers[-1].mlp.experts, model.model.layers[-1].mlp.gate
+    original, seen = type(experts).forward, {}
+
+    def logits(expert=None):
+        def forward(hidden, index, weights):
+            if expert is None:
+                seen["index"], seen["weights"] = index[position], weights[position]
+                seen["scores"] = F.linear(hidden[position], gate.weight)
+                return original(experts, hidden, index, weights)
+            one = torch.full_like(index[position], expert)
+            one[1:] = (expert + 1) % experts.num_experts
+            mass = torch.cat([weights[position].sum()[None], weights.new_zeros(index.shape[1] - 1)])
+            row = torch.arange(len(index))[:, None] == position
+            return original(experts, hidden, torch.where(row, one, index), torch.where(row, mass, weights))
+
+        experts.forward = forward
+        try:
+            found = model(input_ids=ids[None], use_cache=False).logits[0]
+        finally:
+            del experts.forward
+        return found if found.dim() == 1 else found[position]
+
+    logits()
+    if settings["readout"] == "mixture":
+        chosen, shares = seen["index"].tolist(), seen["weights"] / seen["weights"].sum()
+    else:
+        full = seen["scores"].softmax(-1)
+        chosen = full.argsort(descending=True)[: settings.get("readout_experts")].tolist()
+        shares = full[chosen] / full[chosen].sum()
+    alone = torch.stack([logits(expert).log_softmax(-1) for expert in chosen])
+    return torch.logsumexp(shares.log()[:, None] + alone, 0), alone, shares
+
+
+def judged(row):
+    ids, labels = row["input_ids"], row["labels"]
+    if isinstance(labels, int):
+        return [(len(ids) - 1, labels)]
+    return [(p, int(labels[p + 1])) for p in range(len(ids) - 1) if labels[p + 1] != -100]
+
+
+@functools.cache
+def examples_of(task, readout):
+    """The model and every example's [loss, regret, disagreement, mean loss of its experts alone], with graph."""
+    build, data, settings = TASKS[task]
+    model, examples = build().train(), []
+    for row in data():
+        found = []
+        for position, label in judged(row):
+            own, alone, shares = loop(model, row["input_ids"], position, READOUTS[readout])
+            regret = (alone[:, label].max() - own[label]).detach().clamp_min(0)
+            spread = (shares * (alone.exp() - own.exp()).square().sum(-1)).sum().detach()
+            single = -(shares.detach() * alone[:, label]).sum()
+            found.append(torch.stack([-own[label], regret, spread, single]))
+        examples += found if settings.get("example") == "token" else [torch.stack(found).mean(0)]
+    return model, torch.stack(examples)
+
+
+def between(values):
+    """A threshold that half of the values pass, far from all of them."""
+    ordered = values.sort().values
+    middle = len(ordered) // 2
+    return float((ordered[middle - 1] + ordered[middle]) / 2)
+
+
+def reference(examples, args):
+    """The objective's value, with gradient."""
+    losses, regret, spread, single = examples.unbind(1)
+    value = losses.mean()
+    if args.objective != "erm":
+        relevant = torch.ones(len(losses), dtype=torch.bool)
+        if args.objective == "robust_filtered":
+            relevant = (regret > args.tau_regret) | (spread > args.tau_disagreement)
+            assert relevant.any() and not relevant.all(), "the filter must bite, or the test shows nothing"
+        chosen = losses[relevant]
+        weights = torch.softmax(args.eta * (chosen.detach() if args.detach_weights else chosen), 0)
+        tilted = (weights * chosen).sum()
+        value = tilted if args.objective == "robust" else value + tilted
+    return value + args.expert_loss_weight * single.mean()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("task", TASKS)
+def test_gradients_equal_the_loop_over_experts(tmp_path, task, readout, objective):
+    build, data, settings = TASKS[task]
+    twin, examples = examples_of(task, readout)
+    changes = {**settings, **OBJECTIVES[objective], **READOUTS[readout]}
+    changes["tau_regret"], changes["tau_disagreement"] = between(examples[:, 1]), float(examples[:, 2].quantile(0.8))
+    if objective == "robust":
+        changes["expert_loss_weight"] = 0.5
+    args = arguments(tmp_path, per_device_train_batch_size=3, gradient_accumulation_steps=3, **changes)
+    found, trainer = trained_gradients(build(), data(), args)
+    value = reference(examples, args)
+    twin.zero_grad()
+    value.backward(retain_graph=True)
+    expected = {n: p.grad.clone() for n, p in twin.named_parameters() if p.grad is not None}
+    assert relative_error(found, expected) <= (3e-5 if task == "token" else 1e-5)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(value.item(), rel=1e-5)
