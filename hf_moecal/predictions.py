@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +14,9 @@ from tqdm.auto import tqdm
 from .calibration.base import TABLE_CALIBRATOR
 from .objectives import check_labels
 from .prefix_cache import PrefixCache
-from .probes import ExpertProbe, probe_experts
+from .probes import ExpertProbe, RoutingRecord, probe_experts
 from .probes.agreement import disagreement, regret
+from .readout import ClassifierReadout, Mixture, Readout
 from .table import COLUMNS, IGNORED_LABEL
 from .tasks import pooled_positions, real_tokens, without_empty
 
@@ -35,6 +38,8 @@ def predict(
     batch_size: int = 32,
     max_length: int | None = None,
     layer: int | None = -1,
+    readout: str = "native",
+    readout_experts: int | None = None,
     prefix: PrefixCache | None = None,
     progress: bool = True,
 ) -> Dataset:
@@ -53,6 +58,10 @@ def predict(
         max_length (`int`, *optional*): tokens after which a text is cut.
         layer (`int`, *optional*, defaults to -1): MoE layer whose routing is recorded; `None` records none, and
             works for dense models too.
+        readout (`str`, *optional*, defaults to `"native"`): what predicts, see [`~hf_moecal.readout.Readout`]. Of a
+            mixture the table's experts are those that are mixed, with their shares as `expert_weights`, and a
+            column `readout` names it.
+        readout_experts (`int`, *optional*): with `readout="soft_mixture"`, mix only so many.
         prefix ([`~hf_moecal.prefix_cache.PrefixCache`], *optional*): entered cache through which the model runs.
         progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
 
@@ -89,11 +98,12 @@ def predict(
     rows: list[dict[str, Any] | None] = [None] * len(tokens)
     training = model.training
     model.eval()
-    watching = nullcontext() if layer is None else probe_experts(model, layer=layer)
+    wanted = Readout(readout, readout_experts)
+    watching = _watching(model, layer, wanted)
     try:
         with (
             torch.no_grad(),
-            watching as probe,
+            watching as routing,
             tqdm(
                 total=len(tokens), desc=f"predict {group or ''}".strip(), unit="seq", disable=not progress, delay=1
             ) as bar,
@@ -101,20 +111,40 @@ def predict(
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 batch_labels = torch.tensor([labels[row] for row in chosen])
-                found = _predict_batch(model, probe, prefix, [tokens[row] for row in chosen], batch_labels)
+                found = _predict_batch(model, routing, prefix, [tokens[row] for row in chosen], batch_labels)
                 for position, row in enumerate(chosen):
                     rows[row] = {name: values[position] for name, values in found.items()}
                 bar.update(len(chosen))
     finally:
         model.train(training)
-    table = Dataset.from_dict(_assemble(dataset, rows, group))
+    table = Dataset.from_dict(_assemble(dataset, rows, {"group": group, "readout": wanted.name}))
     calibrator = getattr(model, TABLE_CALIBRATOR, None)  # a method that needs the routing, carried by the checkpoint
     return table if calibrator is None else calibrator.apply(table)
 
 
+Routing = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
+"""Columns from the pooled tokens' flat indices, logits `[B, C]` and labels, for the last forward."""
+
+
+@contextmanager
+def _watching(model: nn.Module, layer: int | None, readout: Readout) -> Iterator[Routing | None]:
+    """Within the block the model predicts by the readout; gives what reads the routing, if anything does."""
+    if readout.is_mixture and layer != -1:
+        raise ValueError(f"readout={readout.kind!r} is that of the last MoE layer, got layer={layer}; leave it at -1.")
+    if layer is None:
+        yield None
+        return
+    with probe_experts(model, layer=layer) as probe:
+        if not readout.is_mixture:
+            yield partial(_routing, probe)
+            return
+        with ClassifierReadout(model, Mixture(probe, readout)) as classifier:
+            yield lambda tokens, logits, labels: _columns(logits, labels, *classifier.mixed[1:])
+
+
 def _predict_batch(
     model: nn.Module,
-    probe: ExpertProbe | None,
+    routing: Routing | None,
     prefix: PrefixCache | None,
     sequences: list[list[int]],
     labels: Tensor,
@@ -134,36 +164,42 @@ def _predict_batch(
         probs = logits.double().softmax(-1)
         confidence, prediction = probs.max(-1)
         found = {"label": labels, "logits": logits, "probs": probs, "prediction": prediction, "confidence": confidence}
-        if probe is not None:
+        if routing is not None:
             short = batch["input_ids"]
             pooled = torch.arange(len(short), device=device) * short.shape[1] + pooled_positions(short, pad)
-            found |= _routing(probe, pooled, logits, labels.to(device))
+            found |= routing(pooled, logits, labels.to(device))
     return {name: values.tolist() for name, values in found.items()}
 
 
 def _routing(probe: ExpertProbe, tokens: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    record, expert_logits = probe.record[tokens], probe.expert_logits(tokens)
+    record, alone = probe.record[tokens], probe.expert_logits(tokens)
+    columns = _columns(logits, labels, alone, record.shares, record.expert_ids)
+    return {**columns, "expert_weights": record.weights.float()}
+
+
+def _columns(logits: Tensor, labels: Tensor, alone: Tensor, shares: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    """What the table says about the experts `ids` `[B, k]`, which alone predict `[B, k, C]`."""
+    record = RoutingRecord(ids, shares, (len(ids), 1))
     known = labels != IGNORED_LABEL
-    regrets = logits.new_full((len(tokens),), float("nan"))
+    regrets = logits.new_full((len(labels),), float("nan"))
     if known.any():
-        regrets[known] = regret(logits[known], expert_logits[known], labels[known])
+        regrets[known] = regret(logits[known], alone[known], labels[known])
     return {
         "routing_entropy": record.entropy,
         "routing_margin": record.margin,
-        "expert_logits": expert_logits,
-        "disagreement": disagreement(logits, expert_logits, record.shares),
+        "expert_logits": alone,
+        "disagreement": disagreement(logits, alone, shares),
         "regret": regrets,
-        "expert_ids": record.expert_ids,
-        "expert_weights": record.weights.float(),
+        "expert_ids": ids,
+        "expert_weights": shares,
     }
 
 
-def _assemble(dataset: Dataset, rows: list[dict[str, Any]], group: str | None) -> dict[str, list]:
+def _assemble(dataset: Dataset, rows: list[dict[str, Any]], constant: dict[str, str | None]) -> dict[str, list]:
     made = {name: [row[name] for row in rows] for name in rows[0]}
     kept = {name: dataset[name][:] for name in dataset.column_names if name not in (*made, *_INPUTS, "labels")}
     kept.setdefault("id", list(range(len(rows))))
-    if group is not None:
-        kept["group"] = [group] * len(rows)
+    kept |= {name: [value] * len(rows) for name, value in constant.items() if value is not None}
     both = {**made, **kept}
     first = [name for name in COLUMNS if name in both]
     return {name: both[name] for name in [*first, *(name for name in both if name not in first)]}

@@ -64,8 +64,11 @@ class Readout:
         if self.temperatures is not None and not all(0 < t < math.inf for t in self.temperatures):
             raise ValueError(f"Temperatures are finite and above 0, got {self.temperatures}.")
 
-    def __str__(self) -> str:
-        return self.kind if self.experts is None else f"{self.kind} of {self.experts}"
+    @property
+    def name(self) -> str | None:
+        """What a predictions table says about it; nothing for the native one."""
+        kind = None if self.kind == "native" else self.kind
+        return kind if self.experts is None else f"{kind} of {self.experts}"
 
     @property
     def is_mixture(self) -> bool:
@@ -79,39 +82,37 @@ class Mixed(NamedTuple):
         log_probs (`Tensor` of shape `[n, C]`): of the mixture, at least float32.
         expert_log_probs (`Tensor` of shape `[n, m, C]`): of each expert alone.
         shares (`Tensor` of shape `[n, m]`): r_k, summing to one.
+        expert_ids (`LongTensor` of shape `[n, m]`): which experts these are.
     """
 
     log_probs: Tensor
     expert_log_probs: Tensor
     shares: Tensor
+    expert_ids: Tensor
 
 
-def mix(expert_logits: Tensor, shares: Tensor) -> Mixed:
-    """log p = logsumexp_k (log r_k + log p_k), the experts' probabilities mixed in log space.
+def log_mixture(expert_log_probs: Tensor, shares: Tensor) -> Tensor:
+    """log p = logsumexp_k (log r_k + log p_k), the experts' probabilities mixed in log space: `[n, C]`.
 
     Args:
-        expert_logits (`Tensor` of shape `[n, m, C]`): each expert's own, or logarithms of its probabilities.
+        expert_log_probs (`Tensor` of shape `[n, m, C]`): each expert's own.
         shares (`Tensor` of shape `[n, m]`): r_k, summing to one over the experts.
-
-    Returns:
-        [`Mixed`]: with gradient for the logits and the shares.
 
     Example:
 
     ```python
     >>> import torch
-    >>> from hf_moecal.readout import mix
+    >>> from hf_moecal.readout import log_mixture
     >>> experts = torch.tensor([[[0.9, 0.1], [0.5, 0.5]]]).log()
-    >>> mix(experts, torch.tensor([[0.25, 0.75]])).log_probs.exp()
+    >>> log_mixture(experts, torch.tensor([[0.25, 0.75]])).exp()
     tensor([[0.6000, 0.4000]])
 
     ```
     """
-    alone = upcast(expert_logits).log_softmax(-1)
     # Where a share, or all experts' probability of a class, is exactly zero, the gradient of logsumexp would be NaN.
-    alone = alone.clamp_min(torch.finfo(alone.dtype).min / 2)
+    alone = expert_log_probs.clamp_min(torch.finfo(expert_log_probs.dtype).min / 2)
     log_shares = shares.clamp_min(torch.finfo(shares.dtype).tiny).log()
-    return Mixed(torch.logsumexp(log_shares.unsqueeze(-1) + alone, dim=1), alone, shares)
+    return torch.logsumexp(log_shares.unsqueeze(-1) + alone, dim=1)
 
 
 def mean_expert_loss(mixed: Mixed, labels: Tensor) -> Tensor:
@@ -152,7 +153,9 @@ class Mixture:
             raise ValueError(f"readout_experts={readout.experts}, but {layer.name} has {layer.num_experts} experts.")
         given = readout.temperatures
         if given is not None and len(given) != layer.num_experts:
-            raise ValueError(f"{layer.name} has {layer.num_experts} experts, but {len(given)} temperatures were given.")
+            raise ValueError(
+                f"{layer.name} has {layer.num_experts} experts, but {len(given)} temperatures were given."
+            )
 
     def shares(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The experts that are mixed, `[n, m]`, the largest share first, and their shares, `[n, m]`."""
@@ -177,7 +180,7 @@ class Mixture:
         batch, length = ids.shape
         tokens = torch.arange(batch, device=ids.device) * length + pooled_positions(ids, pad_token_id)
         experts, shares = self.shares(tokens)
-        return mix(self._tempered(self.probe.expert_logits(tokens, experts=experts), experts), shares)
+        return self._mix(self.probe.reduced(tokens, lambda part, logits: logits, experts=experts), shares, experts)
 
     def reduced(self, tokens: Tensor, reduce: Callable[[slice, Mixed], Tensor]) -> Tensor:
         """`reduce(part, mixed)` over chunks of the tokens, joined: `[n, ...]`.
@@ -191,15 +194,17 @@ class Mixture:
         experts, shares = self.shares(tokens)
 
         def mixed(part: slice, logits: Tensor) -> Tensor:
-            return reduce(part, mix(self._tempered(logits, experts[part]), shares[part]))
+            return reduce(part, self._mix(logits, shares[part], experts[part]))
 
         return self.probe.reduced(tokens, mixed, experts=experts)
 
-    def _tempered(self, logits: Tensor, experts: Tensor) -> Tensor:
-        if self._readout.temperatures is None:
-            return logits
-        own = torch.tensor(self._readout.temperatures, device=logits.device)[experts]
-        return upcast(logits) / own.unsqueeze(-1)
+    def _mix(self, logits: Tensor, shares: Tensor, experts: Tensor) -> Mixed:
+        logits = upcast(logits)
+        if self._readout.temperatures is not None:
+            own = logits.new_tensor(self._readout.temperatures)[experts]
+            logits = logits / own.unsqueeze(-1)
+        alone = logits.log_softmax(-1)
+        return Mixed(log_mixture(alone, shares), alone, shares, experts)
 
 
 class ClassifierReadout:

@@ -320,7 +320,7 @@ def _check_mixture(trainer: Trainer) -> None:
     """A mixture trains modules that are called outside the model's own forward, which not every wrapper sees."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
-            f"readout={trainer.args.readout!r} sends gradients through experts that run once more outside their layer, "
+            f"readout={trainer.args.readout!r} sends gradients through experts that run again outside their layer, "
             "where sharded weights (FSDP, DeepSpeed) would lose them; train with DDP, or with readout='native'."
         )
     if trainer.args.torch_compile:

@@ -37,7 +37,8 @@ class MoECalArguments(TrainingArguments):
         readout (`str`, *optional*, defaults to `"native"`): what the losses and predictions are of: the model's own
             prediction, or the probabilities of the last MoE layer's experts, mixed: `"mixture"` (those selected) or
             `"soft_mixture"` (all, with the router's full distribution); see [`~hf_moecal.readout.Readout`].
-        readout_experts (`int`, *optional*): with `readout="soft_mixture"`, mix the experts with the largest shares only.
+        readout_experts (`int`, *optional*): with `readout="soft_mixture"`, mix only so many, those with the largest
+            shares.
         expert_loss_weight (`float`, *optional*, defaults to 0.0): weight of the mean over the examples of what each
             expert of the mixture loses on its own, sum_k r_k l^(k), beside the objective.
         task (`str`, *optional*, defaults to `"classification"`): `"classification"` (a sequence-classification head),
@@ -139,8 +140,8 @@ class MoECalArguments(TrainingArguments):
             )
         if self.readout != "native" and self.probe_layer != -1:
             raise ValueError(
-                f"readout={self.readout!r} is that of the last MoE layer, got probe_layer={self.probe_layer}; leave it "
-                "at -1."
+                f"readout={self.readout!r} is that of the last MoE layer, got probe_layer={self.probe_layer}; "
+                "leave it at -1."
             )
 
     @property
