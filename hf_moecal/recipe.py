@@ -2,7 +2,7 @@
 
 ```yaml
 model: Qwen/Qwen1.5-MoE-A2.7B            # a Hub id or a folder
-dtype: bfloat16                          # precision in which the weights are loaded; float32 if unset
+dtype: bfloat16                          # of the loaded weights (float32 if unset); `bf16: true` trains in float32
 data:
   text: text                             # column to tokenize
   label: label                           # column with the class
@@ -136,6 +136,12 @@ def load_set(name: str, spec: Mapping[str, Any], recipe: Recipe) -> Dataset:
                 f"Set {name!r} has no column {column!r}, only {dataset.column_names}; name the columns with `text:` "
                 "and `label:` under `data:` or in the set."
             )
+    empty = sum(value is None for value in dataset[text][:])
+    if empty:
+        raise ValueError(
+            f"Set {name!r}: {empty} of {len(dataset)} rows have no text in {text!r}; leave them out with "
+            f'`where: {{{text}: {{"!=": null}}}}`.'
+        )
     if threshold is not None:
         dataset = _classes(name, dataset, label, float(threshold))
     elif label != "label":

@@ -100,6 +100,7 @@ def train_recipe(recipe: Recipe, *, overrides: Sequence[str] = (), resume: bool 
         eval_dataset=encoded or None,
         processing_class=tokenizer,
     )
+    _keep_trained_exact(trainer)
     trainer.accelerator.print(trainer.trains)
     trainer.train(resume_from_checkpoint=_last_checkpoint(arguments) if resume else None)
     if trainer.is_fsdp_enabled:  # sharded checkpoints resume; what is published is whole
@@ -107,6 +108,18 @@ def train_recipe(recipe: Recipe, *, overrides: Sequence[str] = (), resume: bool 
     trainer.save_model()
     trainer.save_training_record()
     return trainer
+
+
+def _keep_trained_exact(trainer: MoECalTrainer) -> None:
+    """Under mixed precision what trains is kept in float32, since AdamW's steps vanish in bfloat16's 8 bits.
+
+    Accelerate does the same for FSDP2, and DeepSpeed for ZeRO.
+    """
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if trainer.accelerator.mixed_precision != "no" and not sharded:
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
 
 def predict_recipe(

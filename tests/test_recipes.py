@@ -1,6 +1,9 @@
-"""The format of recipes: columns, scores, conditions, precision."""
+"""The format of recipes (columns, scores, conditions, precision), and the recipes for the Hub run in small."""
 
+import dataclasses
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,14 +11,16 @@ import yaml
 from datasets import Dataset
 from safetensors.torch import save_file
 from tiny_moe import tiny_config
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hf_moecal.plan import make_plan, read_launch
 from hf_moecal.recipe import Recipe, load_recipe, load_set
-from hf_moecal.runs import load_classifier
+from hf_moecal.runs import load_classifier, predict_recipe, train_recipe
 
 
 COMMENTS = [
-    {"id": 0, "comment": "you fool", "toxicity": 0.8, "male": 1.0, "black": None, "split": "train"},
+    {"id": 0, "comment": "you fool", "toxicity": 0.8, "male": 1.0, "black": None, "split": "train", "note": "x"},
     {"id": 1, "comment": "nice day", "toxicity": 0.0, "male": None, "black": 0.5, "split": "train"},
     {"id": 2, "comment": "so so", "toxicity": 0.5, "male": 0.4, "black": 0.0, "split": "test"},
     {"id": 3, "comment": "fine", "toxicity": 0.49, "male": 0.5, "black": 1.0, "split": "val"},
@@ -76,6 +81,7 @@ def test_conditions(comments, where, expected):
         (Recipe("model", text="comment", label="male", threshold=0.5), {}, "1 of 4 rows have no number in 'male'"),
         (Recipe("model", text="comment", label="split", threshold=0.5), {}, "4 of 4 rows have no number"),
         (Recipe("model", text="text", label="toxicity"), {}, "in the set"),
+        (Recipe("model", text="note", label="id"), {}, "3 of 4 rows have no text in 'note'"),
     ],
 )
 def test_sets_that_cannot_be(comments, recipe, where, message):
@@ -157,3 +163,123 @@ def test_a_quantized_checkpoint_is_dequantized(tmp_path, monkeypatch):
     assert experts.gate_up_proj.dtype == torch.bfloat16 and (experts.gate_up_proj == 0.5).all()
     model(input_ids=torch.tensor([[2, 2]])).logits.sum().backward()
     assert experts.down_proj.grad.any()
+
+
+# The recipes for the Hub
+
+HUB = Path(__file__).parents[1] / "recipes" / "hub"
+CONFIGS = {  # what the config.json of these repositories says that differs from the family's defaults
+    "mistralai/Mixtral-8x7B-v0.1": ("mixtral", {"max_position_embeddings": 32768, "sliding_window": None}),
+    "openai/gpt-oss-20b": (
+        "gpt_oss",
+        {"num_hidden_layers": 24, "num_local_experts": 32, "quantization_config": {"quant_method": "mxfp4"}},
+    ),
+    "allenai/OLMoE-1B-7B-0924": (
+        "olmoe",
+        {"hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16}
+        | {"num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8, "vocab_size": 50304},
+    ),
+    "Qwen/Qwen3-30B-A3B": (
+        "qwen3_moe",
+        {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48}
+        | {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 768}
+        | {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "max_position_embeddings": 40960},
+    ),
+}
+BILLIONS = {"mixtral": (46.70, 12.88), "gpt_oss": (20.91, 4.19), "olmoe": (6.92, 1.28), "qwen3_moe": (30.53, 3.35)}
+
+
+def header(name):
+    """The comment above a recipe, by its keys."""
+    lines = (HUB / f"{name}.yaml").read_text().split("\nmodel:")[0].splitlines()
+    found, key = {}, None
+    for line in lines:
+        match = re.match(r"# (\w+): +(.*)", line)
+        key = match[1] if match else key if line.startswith("#  ") else None
+        if key is not None:
+            found[key] = f"{found.get(key, '')} {match[2] if match else line.strip('# ')}".strip()
+    return found
+
+
+def reviews(count, text="text"):
+    return Dataset.from_list([{text: f"good number {i}", "label": i % 2} for i in range(count)])
+
+
+def civil_comments(count=48):
+    identities = ("male", "female", "LGBTQ", "christian", "muslim", "other_religions", "black", "white")
+    return Dataset.from_list(
+        [
+            {"comment_text": f"good number {i}", "toxicity": (i % 5) / 4, "split": ("train", "val", "test")[i % 3]}
+            | {name: (i + k) % 5 / 4 if i % 7 else None for k, name in enumerate(identities)}
+            for i in range(count)
+        ]
+    )
+
+
+def same_schema(path, name=None, *, split=None, data_files=None, **_):
+    """Rows with the columns of the sets that the recipes name; slices of a split are what datasets makes of them."""
+    whole = {
+        "stanfordnlp/imdb": lambda: reviews(24),
+        "fancyzhx/yelp_polarity": lambda: reviews(8),
+        "fancyzhx/amazon_polarity": lambda: reviews(8, "content").add_column("title", ["t"] * 8),
+        "hf://datasets/shlomihod/civil-comments-wilds/all_data_with_identities.csv": civil_comments,
+    }
+    assert re.fullmatch(r"train|(\w+(\[-?\d*:-?\d*\])?\+?)+", split)
+    return whole[data_files or path]()
+
+
+def test_the_models_are_known():
+    assert {load_recipe(path).model for path in HUB.glob("*.yaml")} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in HUB.glob("*.yaml")))
+def test_the_header_says_what_the_plan_says(name, tmp_path):
+    path, told = HUB / f"{name}.yaml", header(name)
+    assert {"command", "hardware", "memory", "hours", "expect"} <= set(told)
+    assert f"--config recipes/hub/{name}.yaml" in told["command"].replace("\\ ", "")
+    assert "estimate" in told["hours"] and "not yet run" in told["expect"]
+    files = re.findall(r"recipes/accelerate/\w+.yaml", told["command"])
+    launch = read_launch(HUB.parents[1] / files[0]) if files else None
+    recipe = load_recipe(path)
+    family, fields = CONFIGS[recipe.model]
+    CONFIG_MAPPING[family](**fields).save_pretrained(tmp_path)
+    judged = re.search(r"--judged (\d+)", told["memory"])
+    plan = make_plan(
+        dataclasses.replace(recipe, model=str(tmp_path)), launch=launch, judged=int(judged[1]) if judged else None
+    )
+    config = CONFIG_MAPPING[family](**fields)
+    classifies = recipe.arguments.get("task") is None
+    head = config.vocab_size * config.hidden_size / 1e9 if classifies else 0  # a classifier has another
+    found = plan.counts.total / 1e9 + head, plan.counts.active / 1e9 + head
+    assert found == pytest.approx(BILLIONS[family], abs=0.01)
+    assert told["memory"].split()[0] == str(round(plan.memory.total / 2**30)), plan.lines()
+    size = int(re.search(r"GPUs? of (\d+) GB", told["hardware"])[1])
+    assert plan.memory.total < 0.9 * size * 1e9
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in HUB.glob("*.yaml")))
+def test_the_recipe_runs(name, tmp_path, monkeypatch):
+    """Two steps and the predictions of every group, on a tiny model of the family and rows of the same columns."""
+    monkeypatch.setattr("datasets.load_dataset", same_schema)
+    monkeypatch.setenv("MOECAL_CACHE", str(tmp_path / "cache"))
+    recipe = load_recipe(HUB / f"{name}.yaml")
+    family = CONFIGS[recipe.model][0]
+    kind = AutoModelForSequenceClassification if recipe.arguments.get("task") is None else AutoModelForCausalLM
+    kind.from_config(tiny_config(family, num_labels=2)).save_pretrained(tmp_path / "model")
+    tokenizer(tmp_path / "model")
+    recipe = dataclasses.replace(recipe, model=str(tmp_path / "model"))
+    tiny = {
+        "max_steps": 2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "output_dir": tmp_path / "out",
+        "save_strategy": "no",
+    }
+    overrides = [f"--{key}={value}" for key, value in {**tiny, "per_device_train_batch_size": 4}.items()]
+    trainer = train_recipe(recipe, overrides=overrides)
+    assert trainer.state.global_step == 2
+    trained = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
+    assert trained == {torch.float32}
+    table = predict_recipe(recipe, model=str(tmp_path / "out"), batch_size=4)
+    assert set(table["group"]) == set(recipe.groups)
+    assert all(0 < value <= 1 for value in table["confidence"])

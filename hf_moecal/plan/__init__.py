@@ -155,6 +155,8 @@ def make_plan(
     launch = _with_precision(launch, args)
     loaded = getattr(torch, recipe.dtype).itemsize
     computes = 2 if launch.precision != "no" and launch.sharding not in ("none", "ddp") else loaded
+    positions = args.per_device_train_batch_size * _judged(args, judged or recipe.max_length)
+    cached = args.prefix_cache is not None  # then the judged tokens alone run through what trains
     with FakeTensorMode():
         model = _build(recipe, args)
         trains = set_trainable(model, args.train)
@@ -162,13 +164,15 @@ def make_plan(
         weights = weights_of(model, layers, itemsize=loaded)
         activations = activation_memory(
             model,
-            batch=args.per_device_train_batch_size,
-            length=recipe.max_length,
+            batch=positions if cached else args.per_device_train_batch_size,
+            length=1 if cached else recipe.max_length,
             checkpointing=bool(args.gradient_checkpointing) or launch.checkpointing,
             itemsize=computes,
         )
     states = state_memory(weights, launch)
-    logits = _logits(model, args, judged=judged or recipe.max_length, itemsize=computes)
+    config = model.config.get_text_config()
+    classes = model.config.num_labels if args.task == "classification" else config.vocab_size
+    logits = logits_memory(positions, classes, itemsize=computes)
     return Plan(
         model=recipe.model,
         counts=count_parameters(weights),
@@ -236,11 +240,8 @@ def _with_precision(launch: Launch, args: MoECalArguments) -> Launch:
     return Launch(**{**asdict(launch), "precision": own})
 
 
-def _logits(model: PreTrainedModel, args: MoECalArguments, *, judged: int, itemsize: int) -> int:
-    batch = args.per_device_train_batch_size
-    if args.task == "classification":
-        return logits_memory(batch, model.config.num_labels, itemsize=itemsize)
-    return logits_memory(batch * judged, model.config.get_text_config().vocab_size, itemsize=itemsize)
+def _judged(args: MoECalArguments, positions: int) -> int:
+    return 1 if args.task == "classification" else positions
 
 
 def _rows(recipe: Recipe) -> int | None:

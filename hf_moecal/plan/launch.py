@@ -47,7 +47,7 @@ def read_launch(path: str | Path) -> Launch:
 
     ```python
     >>> from hf_moecal.plan import read_launch
-    >>> str(read_launch("recipes/accelerate/fsdp2_full.yaml"))  # doctest: +SKIP
+    >>> str(read_launch("recipes/accelerate/fsdp2_full.yaml"))
     'FSDP2, 8 devices, mixed precision bf16'
 
     ```

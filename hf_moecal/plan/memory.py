@@ -131,12 +131,12 @@ def count_parameters(weights: Sequence[Weight]) -> Counts:
 def state_memory(weights: Sequence[Weight], launch: Launch) -> Memory:
     """Weights, gradients and AdamW states on the fullest device.
 
-    - *one process, DDP*: everything whole, in the precision in which it was loaded; DDP's buckets hold the gradients
-      once more.
-    - *FSDP2*: each parameter is cut along its first dimension, so 8 experts on 16 devices fill 8 of them. Under mixed
-      precision what trains is kept in float32. Two layers (the one that runs and the next) and what lies outside the
-      layers are whole for a moment in the precision that computes, all layers with `reshard_after_forward: false`; so
-      are the gradients of one layer.
+    What trains is kept in float32 under mixed precision, and what is frozen in the precision in which it was loaded.
+
+    - *one process, DDP*: everything whole; DDP's buckets hold the gradients once more.
+    - *FSDP2*: each parameter is cut along its first dimension, so 8 experts on 16 devices fill 8 of them. Two layers
+      (the one that runs and the next) and what lies outside the layers are whole for a moment in the precision that
+      computes, all layers with `reshard_after_forward: false`; so are the gradients of one layer.
     - *ZeRO*: 2 bytes a weight, and for one that trains 4 of the float32 copy, 4 of its gradient and 8 of its moments;
       stage 1 shards copy and moments, stage 2 gradients too, stage 3 everything, with one layer and its gradients
       whole (DeepSpeed's own formula).
@@ -150,26 +150,27 @@ def state_memory(weights: Sequence[Weight], launch: Launch) -> Memory:
         return _fsdp2(weights, trained, launch)
     if launch.sharding.startswith("zero"):
         return _zero(weights, trained, launch)
-    gradients = sum(w.numel * w.itemsize for w in trained)
+    gradients = sum(w.numel * _stored(w, launch) for w in trained)
     return Memory(
-        weights=sum(w.numel * w.itemsize for w in weights),
+        weights=sum(w.numel * _stored(w, launch) for w in weights),
         gathered=0,
         gradients=gradients * (1 if launch.processes == 1 else 2),
         optimizer=2 * gradients,
     )
 
 
+def _stored(weight: Weight, launch: Launch) -> int:
+    return 4 if weight.trains and launch.precision != "no" else weight.itemsize
+
+
 def _fsdp2(weights: Sequence[Weight], trained: Sequence[Weight], launch: Launch) -> Memory:
     mixed = launch.precision != "no"
-
-    def stored(weight: Weight) -> int:
-        return 4 if mixed and weight.trains else weight.itemsize
 
     def whole(chosen: Sequence[Weight]) -> int:
         return sum(w.numel * (2 if mixed else w.itemsize) for w in chosen)
 
     def shard(weight: Weight) -> int:
-        return -(-weight.rows // launch.processes) * (weight.numel // max(1, weight.rows)) * stored(weight)
+        return -(-weight.rows // launch.processes) * (weight.numel // max(1, weight.rows)) * _stored(weight, launch)
 
     layers = _by_block(weights)
     outside = whole([w for w in weights if w.block is None])
