@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .aux_loss import RouterBalance
 from .choice import OptionSupervision, WordSupervision, flat_inputs, supervise_choice
 from .head import RowSelector
 from .objectives import example_losses
@@ -36,10 +37,12 @@ class Judge:
     Args:
         model (`nn.Module`): the model, not yet wrapped for distribution.
         args ([`MoECalArguments`]): which task, which objective.
+        balanced (`bool`, *optional*, defaults to `False`): whether `balance` is asked for.
     """
 
-    def __init__(self, model: nn.Module, args: MoECalArguments):
+    def __init__(self, model: nn.Module, args: MoECalArguments, *, balanced: bool = False):
         self._model, self._args = model, args
+        self._routers = RouterBalance(model) if balanced else None
         self._selector: RowSelector | None = None
         self._probe: ExpertProbe | None = None
         self._prefix: PrefixCache | None = None
@@ -53,6 +56,8 @@ class Judge:
             if self._args.prefix_cache is not None:
                 cache = PrefixCache(self._model, self._args.prefix_cache, dtype=self._args.prefix_cache_dtype)
                 self._prefix = stack.enter_context(cache)
+            if self._routers is not None:
+                stack.enter_context(self._routers)
             if self._args.objective == "robust_filtered" or self._args.readout != "native":
                 self._probe = stack.enter_context(probe_experts(self._model, layer=self._args.probe_layer))
             if self._args.readout != "native":
@@ -90,11 +95,12 @@ class Judge:
         self._supervision = self.supervise(inputs)
         self._positions, self._shape = self._supervision.tokens, inputs["input_ids"].shape
         inputs = flat_inputs(inputs) if self._args.task == "choice" else inputs
-        with self._replaying(inputs) as batch:
-            judged = self._supervision.tokens
-            # A mixture has no use for the model's own logits, but the model's forward cannot do without any.
-            with self._selecting(judged if self._mixture is None else judged[:1]):
-                yield batch
+        watched = nullcontext() if self._routers is None else self._routers.watching(inputs)
+        judged = self._supervision.tokens
+        # A mixture has no use for the model's own logits, but the model's forward cannot do without any.
+        selected = judged if self._mixture is None else judged[:1]
+        with self._replaying(inputs) as batch, self._selecting(selected), watched:
+            yield batch
 
     @contextmanager
     def _replaying(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -111,6 +117,10 @@ class Judge:
             with self._prefix.replaying(inputs, judged) as short:
                 self._supervision = self._supervision._replace(tokens=alone)
                 yield short
+
+    def balance(self) -> Tensor | None:
+        """Load-balancing loss of the forward, with gradient; `None` where it is off or the forward has no gradient."""
+        return None if self._routers is None or not torch.is_grad_enabled() else self._routers.loss()
 
     def losses(self, outputs: Any, *, plain: bool = False) -> Tensor:
         """Loss of each example, `[num_examples]`, with gradient; plain cross-entropy, or the objective's own."""

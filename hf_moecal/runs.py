@@ -101,7 +101,6 @@ def train_recipe(recipe: Recipe, *, overrides: Sequence[str] = (), resume: bool 
         processing_class=tokenizer,
     )
     _keep_trained_exact(trainer)
-    trainer.accelerator.print(trainer.trains)
     trainer.train(resume_from_checkpoint=_last_checkpoint(arguments) if resume else None)
     if trainer.is_fsdp_enabled:  # sharded checkpoints resume; what is published is whole
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

@@ -7,7 +7,7 @@ coefficient c_i = dF/dl_i; each micro-batch then back-propagates sum_i c_i l_i.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,30 +16,38 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from .aux_loss import balance_coefficient
 from .checkpoints import restore_weights
 from .choice import CHOICE_COLUMNS, ChoiceCollator
-from .freezing import set_trainable
+from .compatibility import check_arguments, check_datasets, check_distribution
+from .freezing import set_trainable, what_trains
 from .hub.checkpoint_files import write_training_record
 from .judge import Judge
+from .lora import add_lora
 from .metrics import calibration_metrics
 from .probes import find_moe_layers
 from .training_args import MoECalArguments
-from .window import BatchSummary, RandomState, Window
+from .window import BatchSummary, RandomState, Window, average_summaries
 
 
 class MoECalMixin:
     """Makes the Trainer behind it optimise `args.objective` over the whole optimizer batch; see [`MoECalTrainer`]."""
 
     loss_is_scaled_for_ga = True  # the coefficients are derivatives over the whole window already
+    needs_labels = True  # in the datasets; a trainer that makes the labels itself needs none
 
     def __init__(self, model: nn.Module | None = None, args: MoECalArguments | None = None, **kwargs: Any):
-        _check_arguments(args, kwargs)
-        if model is not None:
-            self.trains = set_trainable(model, args.train)
+        check_arguments(args, kwargs)
+        check_datasets(kwargs.get("train_dataset"), kwargs.get("eval_dataset"), labelled=self.needs_labels)
+        model = _prepared(model, args)
         if args.task == "choice" and kwargs.get("data_collator") is None:
             kwargs["data_collator"] = ChoiceCollator(kwargs.get("processing_class"))
         super().__init__(model=model, args=args, **kwargs)
-        _check_distribution(self)
+        check_distribution(self)
+        cached = args.prefix_cache is not None
+        self._balance = balance_coefficient(self.model, args.router_aux_loss_coef, cached=cached)
+        balanced = f"router aux loss times {self._balance:g}" if self._balance else "no router aux loss"
+        self.trains = f"{what_trains(self.model, args.train)}; {balanced}"
         if args.objective == "robust_filtered" or args.readout != "native":
             find_moe_layers(self.model)  # refuses a model without mixtures now, not after the warm-up
         self._window: Window | None = None
@@ -54,6 +62,7 @@ class MoECalMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as `Trainer.train` does, with the expert probe and the frozen-prefix cache in place."""
+        self.accelerator.print(self.trains)
         with self._judged():
             self._judge.prepare(self.train_dataset)
             return super().train(*args, **kwargs)
@@ -66,6 +75,8 @@ class MoECalMixin:
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         batches, count = super().get_batch_samples(*args, **kwargs)
         self._window = Window(batches)
+        if self.state.global_step == 0:
+            self._summaries = []  # those of a run that started again with a smaller batch
         return batches, count
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -76,9 +87,8 @@ class MoECalMixin:
             self._first_pass(model)
         elif window.random_states[window.position] is not None:
             window.random_states[window.position].restore(device)
-        self._measuring = window.position
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._measuring = None
+        with self._measuring_batch(window.position):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if window.position == 0:
             window.frontier = RandomState.current(device)
         if window.position == window.size - 1:
@@ -95,7 +105,7 @@ class MoECalMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._summaries:
-            logs = {**logs, **_average(self._summaries)}
+            logs = {**logs, **average_summaries(self._summaries, accelerator=self.accelerator)}
             self._summaries = []
         super().log(logs, *args, **kwargs)
 
@@ -179,15 +189,24 @@ class MoECalMixin:
         for index in range(1, window.size):
             window.random_states[index] = RandomState.current(self.args.device)
             inputs = self._prepare_inputs(window.batches[index])
-            self._measuring = index
-            with torch.no_grad(), self.compute_loss_context_manager(), self._judge.batch(inputs) as inputs:
-                Trainer.compute_loss(self, model, inputs)  # a subclass's own metrics count the other pass
-        self._measuring = None
+            with self._measuring_batch(index), torch.no_grad(), self.compute_loss_context_manager():
+                with self._judge.batch(inputs) as inputs:
+                    Trainer.compute_loss(self, model, inputs)  # a subclass's own metrics count the other pass
+
+    @contextmanager
+    def _measuring_batch(self, index: int) -> Iterator[None]:
+        """Within the block, losses are those of a micro-batch of the window, not of evaluation."""
+        self._measuring = index
+        try:
+            yield
+        finally:
+            self._measuring = None
 
     def _objective_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         window = self._window
         if self._measuring is None:  # evaluation
             return self._judge.losses(outputs, plain=True).mean()
+        balance = self._judge.balance()  # before the replays of what follows
         losses = self._judge.losses(outputs)
         window.measured[self._measuring] = self._judge.measure(losses)
         if not torch.is_grad_enabled():
@@ -199,12 +218,16 @@ class MoECalMixin:
         if self.args.expert_loss_weight:
             total = total + self.args.expert_loss_weight * window.share * self._judge.expert_losses().sum()
         # Gradients are averaged over processes, hence the factor. The constant makes the logged loss F's value.
-        return self.accelerator.num_processes * total + window.constant()
+        loss = self.accelerator.num_processes * total + window.constant()
+        if balance is None:
+            return loss
+        window.balances.append(balance.detach())
+        return loss + self._balance / window.size * balance
 
     def _close(self, window: Window) -> None:
         if window.summary is None:
             window.weigh(self.args, accelerator=self.accelerator)
-        self._summaries.append(window.summary)
+        self._summaries.append(window.summary._replace(router_aux_loss=window.mean_balance()))
         if window.size > 1:  # replays went back in time: the next window must not reuse this one's random numbers
             window.frontier.restore(self.args.device)
 
@@ -214,7 +237,7 @@ class MoECalMixin:
         if self._judge is not None:
             yield
             return
-        with Judge(self.model, self.args) as self._judge:
+        with Judge(self.model, self.args, balanced=self._balance > 0) as self._judge:
             try:
                 yield
             finally:
@@ -257,7 +280,7 @@ class MoECalTrainer(MoECalMixin, Trainer):
     >>> args = MoECalArguments("out", max_steps=2, report_to="none", save_strategy="no", disable_tqdm=True)
     >>> trainer = MoECalTrainer(model=MixtralForSequenceClassification(config), args=args, train_dataset=data)
     >>> result = trainer.train()
-    {...}
+    train=all: ...
     >>> result.global_step
     2
 
@@ -265,63 +288,16 @@ class MoECalTrainer(MoECalMixin, Trainer):
     """
 
 
-def _average(summaries: list[BatchSummary]) -> dict[str, float]:
-    """Means over the optimizer batches since the last log; figures that this run does not have are left out."""
-    values = torch.tensor(summaries, dtype=torch.float64).nanmean(dim=0).tolist()
-    return {name: value for name, value in zip(BatchSummary._fields, values, strict=True) if value == value}
-
-
-def _check_arguments(args: Any, kwargs: Mapping[str, Any]) -> None:
-    if not isinstance(args, MoECalArguments):
-        raise ValueError(f"`args` must be a hf_moecal.MoECalArguments, got {type(args).__name__}.")
-    if kwargs.get("compute_loss_func") is not None:
+def _prepared(model: Any, args: MoECalArguments) -> Any:
+    """The model with what trains chosen as `args.train` says."""
+    if args.train == "all":
+        return model
+    if not isinstance(model, nn.Module):
         raise ValueError(
-            "`compute_loss_func` would replace the objective; choose one with MoECalArguments(objective=...), or use "
-            "transformers.Trainer."
+            f"train={args.train!r} chooses parameters of the model, so give the model itself, loaded with "
+            f"from_pretrained, not {model!r}."
         )
-    if kwargs.get("model_init") is not None:
-        raise ValueError("`model_init` is not supported; pass `model=` and build a trainer for each trial.")
-    _check_labels_column("train_dataset", kwargs.get("train_dataset"))
-    evaluation = kwargs.get("eval_dataset")
-    for name, dataset in evaluation.items() if isinstance(evaluation, Mapping) else [("eval_dataset", evaluation)]:
-        _check_labels_column(name, dataset)
-
-
-def _check_labels_column(name: str, dataset: Any) -> None:
-    if dataset is None:
-        return
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError(f"Dataset {name!r} is empty; leave it out, or check how it was filtered.")
-    columns = getattr(dataset, "column_names", None)
-    if columns and not {"label", "labels", "label_ids"} & set(columns):
-        raise ValueError(
-            f"Dataset {name!r} has no `label` column, only {list(columns)}; rename it with "
-            "dataset.rename_column(..., 'label')."
-        )
-
-
-def _check_distribution(trainer: Trainer) -> None:
-    if trainer.args.n_gpu > 1:
-        raise ValueError(
-            f"One process drives {trainer.args.n_gpu} GPUs (DataParallel), which hides the batch's losses; start "
-            "with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES=0."
-        )
-    if trainer.args.readout != "native":
-        _check_mixture(trainer)
-    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
-    if parallelism is not None and (parallelism.cp_enabled or getattr(parallelism, "sp_enabled", False)):
-        raise ValueError(
-            "Context or sequence parallelism splits a sequence over processes, which the objective does not support; "
-            "use data parallelism (DDP, FSDP2 or ZeRO)."
-        )
-
-
-def _check_mixture(trainer: Trainer) -> None:
-    """A mixture trains modules that are called outside the model's own forward, which not every wrapper sees."""
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ValueError(
-            f"readout={trainer.args.readout!r} sends gradients through experts that run again outside their layer, "
-            "where sharded weights (FSDP, DeepSpeed) would lose them; train with DDP, or with readout='native'."
-        )
-    if trainer.args.torch_compile:
-        raise ValueError(f"readout={trainer.args.readout!r} cannot be compiled; set torch_compile=False.")
+    if args.train == "lora":
+        return add_lora(model, r=args.lora_r, alpha=args.lora_alpha)
+    set_trainable(model, args.train)
+    return model

@@ -11,8 +11,9 @@ from .readout import READOUTS, Readout
 
 
 TASKS = ("classification", "choice", "lm")
+LORA_R, LORA_ALPHA = 16, 32
 _LOWER_IS_BETTER = ("ece", "ece_debiased", "nll", "brier")
-TRAIN_PRESETS = ("all", "last_moe_layer")
+TRAIN_PRESETS = ("all", "last_moe_layer", "routers", "lora")
 
 
 @dataclass
@@ -46,8 +47,16 @@ class MoECalArguments(TrainingArguments):
             causal language model, labels at supervised positions).
         example (`str`, *optional*, defaults to `"sequence"`): for `task="lm"`, what counts as one example of the
             objective: a `"sequence"` (mean over its supervised tokens) or a `"token"`.
-        train (`str`, *optional*, defaults to `"all"`): what trains: `"all"` or `"last_moe_layer"` (router and
-            experts of the last MoE layer, the final norm and the head).
+        train (`str`, *optional*, defaults to `"all"`): what trains: `"all"` that is not frozen already,
+            `"last_moe_layer"` (router and experts of the last MoE layer, the final norm and the head), `"routers"`
+            (those of all MoE layers) or `"lora"` (an adapter on the attention and the experts of all MoE layers, see
+            [`~hf_moecal.lora.lora_config`]). With the last two the head of a classifier trains too.
+        lora_r (`int`, *optional*, defaults to 16): for `train="lora"`, the adapter's rank.
+        lora_alpha (`int`, *optional*, defaults to 32): for `train="lora"`, its scale times `lora_r`.
+        router_aux_loss_coef (`float`, *optional*): weight of the routers' load-balancing loss, which is added to the
+            objective outside the tilt: the mean over the micro-batches of all processes, each balanced over its own
+            real tokens as transformers does. Unset: the model's own weight where a router trains, else 0; with
+            `prefix_cache` 0, since the routers then see the judged tokens only.
         prefix_cache (`str`, *optional*): folder for the hidden states of the frozen layers, computed once and replayed
             in every epoch. Needs `train="last_moe_layer"`.
         prefix_cache_dtype (`str`, *optional*): precision in which the frozen layers run for the cache, for example
@@ -86,8 +95,12 @@ class MoECalArguments(TrainingArguments):
     task: str = field(default="classification", metadata={"help": f"One of {', '.join(TASKS)}."})
     example: str = field(default="sequence", metadata={"help": "For task=lm: 'sequence' or 'token'."})
     train: str = field(default="all", metadata={"help": f"What trains: one of {', '.join(TRAIN_PRESETS)}."})
+    lora_r: int = field(default=LORA_R, metadata={"help": "For train=lora: rank of the adapter."})
+    lora_alpha: int = field(default=LORA_ALPHA, metadata={"help": "For train=lora: scale times rank."})
+    router_aux_loss_coef: float | None = field(
+        default=None, metadata={"help": "Weight of the load-balancing loss; unset is the model's own, 0 is none."}
+    )
     prefix_cache: str | None = field(default=None, metadata={"help": "Folder for hidden states of frozen layers."})
-
     prefix_cache_dtype: str | None = field(default=None, metadata={"help": "Precision of the cached layers."})
 
     def __post_init__(self):
@@ -109,6 +122,14 @@ class MoECalArguments(TrainingArguments):
         _within("tau_disagreement", self.tau_disagreement, 0, float("inf"), f"the paper uses {TAU_DISAGREEMENT}")
         _within("focal_gamma", self.focal_gamma, 0, float("inf"), "2.0 is usual")
         self._check_readout()
+        if self.router_aux_loss_coef is not None:
+            _within("router_aux_loss_coef", self.router_aux_loss_coef, 0, float("inf"), "0 is none")
+        for name, default in (("lora_r", LORA_R), ("lora_alpha", LORA_ALPHA)):
+            _within(name, getattr(self, name), 1, float("inf"), f"{default} is usual")
+            if self.train != "lora" and getattr(self, name) != default:
+                raise ValueError(
+                    f"`{name}` has no effect on train={self.train!r}; leave it unset or set train='lora'."
+                )
         if self.relevance_quantile is not None and not 0 < self.relevance_quantile <= 1:
             raise ValueError(
                 f"`relevance_quantile` must lie in (0, 1], got {self.relevance_quantile}; 0.3 keeps the top 30 %."
@@ -128,6 +149,11 @@ class MoECalArguments(TrainingArguments):
             raise ValueError(
                 f"`prefix_cache` needs frozen first layers, but train={self.train!r} updates them; "
                 "set train='last_moe_layer' or leave `prefix_cache` unset."
+            )
+        if self.prefix_cache is not None and self.neftune_noise_alpha is not None:
+            raise ValueError(
+                "`prefix_cache` keeps what the embeddings gave once, and `neftune_noise_alpha` adds fresh noise to "
+                "them; leave one of the two unset."
             )
 
     def _check_readout(self) -> None:

@@ -36,6 +36,7 @@ class BatchSummary(NamedTuple):
     relevant_share: float
     disagreement: float
     regret: float
+    router_aux_loss: float = float("nan")
 
 
 class Window:
@@ -51,6 +52,7 @@ class Window:
         self.eta = 0.0
         self.measured: list[Measurement | None] = [None] * len(batches)
         self.random_states: list[RandomState | None] = [None] * len(batches)
+        self.balances: list[Tensor] = []
         self.frontier: RandomState | None = None
         self.coefficients: list[Tensor] | None = None
         self.summary: BatchSummary | None = None
@@ -107,6 +109,18 @@ class Window:
     def constant(self) -> float:
         """F(l) - sum_i c_i l_i, once per window: added, it makes the sum of the micro-batches' losses F(l)."""
         return self._constant if self.position == 0 else 0.0
+
+    def mean_balance(self) -> float:
+        """Mean load-balancing loss of this process's micro-batches; NaN where it is off."""
+        return torch.stack(self.balances).mean().item() if self.balances else float("nan")
+
+
+def average_summaries(summaries: list[BatchSummary], *, accelerator: Accelerator) -> dict[str, float]:
+    """Means over optimizer batches and, where these differ, processes; figures that a run does not have are out."""
+    means = dict(zip(BatchSummary._fields, torch.tensor(summaries, dtype=torch.float64).nanmean(dim=0), strict=True))
+    if not means["router_aux_loss"].isnan():
+        means["router_aux_loss"] = accelerator.gather(means["router_aux_loss"].to(accelerator.device)[None]).mean()
+    return {name: value.item() for name, value in means.items() if not value.isnan()}
 
 
 def _summarise(

@@ -17,8 +17,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..freezing import set_trainable
+from ..lora import add_lora
 from ..probes import MoELayer, UnsupportedMoEError, find_moe_layers
 from ..recipe import Recipe, load_set
 from ..runs import parse_arguments
@@ -28,6 +30,7 @@ from .memory import GIB, Counts, Memory, activation_memory, count_parameters, lo
 
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from ..training_args import MoECalArguments
@@ -159,6 +162,8 @@ def make_plan(
     cached = args.prefix_cache is not None  # then the judged tokens alone run through what trains
     with FakeTensorMode():
         model = _build(recipe, args)
+        if args.train == "lora":
+            model = _adapted(model, args)
         trains = set_trainable(model, args.train)
         layers, unsupported = _moe_layers(model, args)
         weights = weights_of(model, layers, itemsize=loaded)
@@ -183,6 +188,27 @@ def make_plan(
         batch=plan_batch(args, devices=launch.processes, rows=_rows(recipe) if rows is None else rows),
         memory=Memory(**{**asdict(states), "activations": activations, "logits": logits}),
     )
+
+
+def _adapted(model: PreTrainedModel, args: MoECalArguments) -> PeftModel:
+    """The model with its adapter. PEFT moves what it makes, which fake tensors refuse and tensors on meta allow."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        _replace_parameters(model, device="meta")
+        model = add_lora(model, r=args.lora_r, alpha=args.lora_alpha)
+    _replace_parameters(model, device="cpu")
+    return model
+
+
+def _replace_parameters(model: nn.Module, *, device: str) -> None:
+    made: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
+    for module in model.modules():
+        for name, old in module.named_parameters(recurse=False):
+            if old not in made:
+                new = torch.empty(old.shape, dtype=old.dtype, device=device)
+                made[old] = nn.Parameter(new, requires_grad=old.requires_grad)
+            module.register_parameter(name, made[old])
 
 
 def plan_batch(args: MoECalArguments, *, devices: int, rows: int | None) -> Batch:

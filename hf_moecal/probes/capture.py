@@ -223,7 +223,7 @@ class Recorder:
             capture, name = self._recording, layer.name
             if capture is None or name in capture.calls:
                 return
-            per_expert = [leaf for leaf in tree_leaves(output) if _has_columns(leaf, layer.num_experts)]
+            per_expert = [leaf for leaf in tree_leaves(output) if has_columns(leaf, layer.num_experts)]
             capture.scores.setdefault(name, []).extend(per_expert)
             if name in capture.replayed:
                 capture.before.setdefault(name, {}).setdefault(module, []).append(output)
@@ -261,5 +261,5 @@ def autocast_state(module: nn.Module) -> dict[str, Any]:
     return {"device_type": device, "dtype": dtype, "enabled": enabled, "cache_enabled": False}
 
 
-def _has_columns(value: Any, columns: int) -> bool:
+def has_columns(value: Any, columns: int) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2 and value.shape[-1] == columns
