@@ -26,6 +26,7 @@ from .judge import Judge
 from .lora import add_lora
 from .metrics import calibration_metrics
 from .probes import find_moe_layers
+from .streaming import choose_window
 from .training_args import MoECalArguments
 from .window import BatchSummary, RandomState, Window, average_summaries
 
@@ -48,6 +49,9 @@ class MoECalMixin:
         self._balance = balance_coefficient(self.model, args.router_aux_loss_coef, cached=cached)
         balanced = f"router aux loss times {self._balance:g}" if self._balance else "no router aux loss"
         self.trains = f"{what_trains(self.model, args.train)}; {balanced}"
+        self._window_type, self.normalizes = choose_window(
+            self.model, args, accelerator=self.accelerator, balanced=self._balance > 0
+        )
         if args.objective == "robust_filtered" or args.readout != "native":
             find_moe_layers(self.model)  # refuses a model without mixtures now, not after the warm-up
         self._window: Window | None = None
@@ -65,6 +69,8 @@ class MoECalMixin:
         self.accelerator.print(self.trains)
         with self._judged():
             self._judge.prepare(self.train_dataset)
+            if self.normalizes and self.args.normalizer == "auto":
+                self.accelerator.print(self.normalizes)
             return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +80,9 @@ class MoECalMixin:
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         batches, count = super().get_batch_samples(*args, **kwargs)
-        self._window = Window(batches)
+        eta = self.args.eta_at(self.state.global_step / self.state.max_steps)
+        window_type = self._window_type if eta > 0 and len(batches) > 1 else Window
+        self._window = window_type(batches, args=self.args, accelerator=self.accelerator, eta=eta)
         if self.state.global_step == 0:
             self._summaries = []  # those of a run that started again with a smaller batch
         return batches, count
@@ -83,16 +91,14 @@ class MoECalMixin:
         window, device = self._window, self.args.device
         window.position += 1
         if window.position == 0:
-            window.eta = self.args.eta_at(self.state.global_step / self.state.max_steps)
             self._first_pass(model)
-        elif window.random_states[window.position] is not None:
-            window.random_states[window.position].restore(device)
+        self._set_random_state()
         with self._measuring_batch(window.position):
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if window.position == 0:
+        if window.position == 0 and window.measured[-1] is not None:  # the others will draw their numbers again
             window.frontier = RandomState.current(device)
-        if window.position == window.size - 1:
-            self._close(window)
+        if window.at_end:
+            self._close(model)
         return loss
 
     def compute_loss(
@@ -180,18 +186,23 @@ class MoECalMixin:
     def _first_pass(self, model: nn.Module) -> None:
         """Measures the losses of micro-batches 1, 2, ... without gradient, where the coefficients depend on them."""
         window = self._window
-        if not (self.args.is_robust and window.eta > 0):
+        if window.eta == 0:
             if window.size > 1:
                 counts = [self._judge.supervise(self._prepare_inputs(batch)).num_examples for batch in window.batches]
-                window.weigh_equally(counts, accelerator=self.accelerator)
-            return
-        model.train()
-        for index in range(1, window.size):
-            window.random_states[index] = RandomState.current(self.args.device)
-            inputs = self._prepare_inputs(window.batches[index])
-            with self._measuring_batch(index), torch.no_grad(), self.compute_loss_context_manager():
-                with self._judge.batch(inputs) as inputs:
-                    Trainer.compute_loss(self, model, inputs)  # a subclass's own metrics count the other pass
+                window.weigh_equally(counts)
+        elif window.measures_first:
+            model.train()
+            for index in range(1, window.size):
+                window.random_states[index] = RandomState.current(self.args.device)
+                with torch.no_grad():
+                    self._forward(model, index)
+
+    def _forward(self, model: nn.Module, index: int) -> Tensor:
+        """Loss of a micro-batch, unseen by a subclass whose own metrics count the other time that it runs."""
+        inputs = self._prepare_inputs(self._window.batches[index])
+        with self._measuring_batch(index), self.compute_loss_context_manager():
+            with self._judge.batch(inputs) as inputs:
+                return Trainer.compute_loss(self, model, inputs)
 
     @contextmanager
     def _measuring_batch(self, index: int) -> Iterator[None]:
@@ -211,24 +222,31 @@ class MoECalMixin:
         window.measured[self._measuring] = self._judge.measure(losses)
         if not torch.is_grad_enabled():
             return losses.sum()
-        if window.coefficients is None:
-            window.weigh(self.args, accelerator=self.accelerator)
-        own = window.coefficients[window.position].to(losses.dtype)
-        total = (own * losses).sum()
-        if self.args.expert_loss_weight:
-            total = total + self.args.expert_loss_weight * window.share * self._judge.expert_losses().sum()
-        # Gradients are averaged over processes, hence the factor. The constant makes the logged loss F's value.
-        loss = self.accelerator.num_processes * total + window.constant()
-        if balance is None:
-            return loss
-        window.balances.append(balance.detach())
-        return loss + self._balance / window.size * balance
+        if balance is not None:
+            window.balances.append(balance.detach())
+            balance = self._balance / window.size * balance
+        return window.loss(losses, self._judge.expert_losses() if self.args.expert_loss_weight else None, balance)
 
-    def _close(self, window: Window) -> None:
+    def _set_random_state(self) -> None:
+        """A micro-batch draws the same random numbers whenever it runs."""
+        window, device = self._window, self.args.device
+        if window.random_states[window.position] is None:
+            window.random_states[window.position] = RandomState.current(device)
+        else:
+            window.random_states[window.position].restore(device)
+
+    def _close(self, model: nn.Module) -> None:
+        window = self._window
+        if not window.settle(self.model.parameters()):
+            model.zero_grad()
+            for position in range(window.size):
+                window.position = position
+                self._set_random_state()
+                self.accelerator.backward(self._forward(model, position))
         if window.summary is None:
-            window.weigh(self.args, accelerator=self.accelerator)
+            window.weigh()
         self._summaries.append(window.summary._replace(router_aux_loss=window.mean_balance()))
-        if window.size > 1:  # replays went back in time: the next window must not reuse this one's random numbers
+        if window.frontier is not None:  # replays went back in time: the next window must not reuse these numbers
             window.frontier.restore(self.args.device)
 
     @contextmanager

@@ -10,6 +10,7 @@ from .objectives import OBJECTIVES, TAU_DISAGREEMENT, TAU_REGRET, unknown_object
 from .readout import READOUTS, Readout
 
 
+NORMALIZERS = ("auto", "two_pass", "streaming")
 TASKS = ("classification", "choice", "lm")
 LORA_R, LORA_ALPHA = 16, 32
 _LOWER_IS_BETTER = ("ece", "ece_debiased", "nll", "brier")
@@ -28,6 +29,13 @@ class MoECalArguments(TrainingArguments):
         robust_warmup_ratio (`float`, *optional*, defaults to 0.4): share of the optimizer steps that run ERM first.
         eta_ramp_ratio (`float`, *optional*, defaults to 0.0): share of the steps, after the warm-up, over which eta
             grows linearly from 0.
+        normalizer (`str`, *optional*, defaults to `"auto"`): how the tilted weights of a batch over several
+            accumulation steps are normalised; all ways give the same gradient. `"two_pass"` measures the losses of all
+            micro-batches but one before it back-propagates them: an extra forward each. `"streaming"` runs each once:
+            `"robust"` with detached weights divides the gradient at the end (needs bf16 or fp32), the other
+            objectives hold the activations of all micro-batches, as much memory as one large batch takes, which
+            activation checkpointing, or training the last layers only, keeps small. `"auto"` takes `"streaming"`
+            where it needs no more memory, and prints what it took.
         tau_regret (`float`, *optional*, defaults to 1e-6): regret (nats) above which an example is routing-relevant.
         tau_disagreement (`float`, *optional*, defaults to 0.01): the same for disagreement.
         relevance_quantile (`float`, *optional*): instead of the two thresholds, the share of the batch with the
@@ -80,6 +88,7 @@ class MoECalArguments(TrainingArguments):
     detach_weights: bool = field(default=True, metadata={"help": "Treat the adversarial weights as constants."})
     robust_warmup_ratio: float = field(default=0.4, metadata={"help": "Share of the steps that run ERM first."})
     eta_ramp_ratio: float = field(default=0.0, metadata={"help": "Share of the steps over which eta grows from 0."})
+    normalizer: str = field(default="auto", metadata={"help": f"One of {', '.join(NORMALIZERS)}."})
     tau_regret: float = field(default=TAU_REGRET, metadata={"help": "Regret above it is routing-relevant."})
     tau_disagreement: float = field(
         default=TAU_DISAGREEMENT, metadata={"help": "Disagreement above it is routing-relevant."}
@@ -112,6 +121,7 @@ class MoECalArguments(TrainingArguments):
     def _check(self) -> None:
         if self.objective not in OBJECTIVES:
             raise unknown_objective(self.objective)
+        _among("normalizer", self.normalizer, NORMALIZERS)
         _among("task", self.task, TASKS)
         _among("example", self.example, ("sequence", "token"))
         _among("train", self.train, TRAIN_PRESETS)

@@ -8,11 +8,12 @@ that measured.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from .objectives import Objective, evaluate_objective, routing_relevance
 from .training_args import MoECalArguments
@@ -42,19 +43,28 @@ class BatchSummary(NamedTuple):
 class Window:
     """State of one optimizer batch on this process.
 
+    This one knows its coefficients before the first micro-batch is back-propagated: they are 1/N, or all losses are
+    measured first. Those of `streaming.py` run every micro-batch once.
+
     Args:
         batches (`list`): the micro-batches, as the data loader gave them.
+        args ([`MoECalArguments`]): which objective.
+        accelerator (`Accelerator`): the processes that share the optimizer batch.
+        eta (`float`, *optional*, defaults to 0.0): tilt of this optimizer batch.
     """
 
-    def __init__(self, batches: list):
-        self.batches = batches
+    measures_first = True
+
+    def __init__(self, batches: list, *, args: MoECalArguments, accelerator: Accelerator, eta: float = 0.0):
+        self.batches, self.eta = batches, eta
+        self.args, self.accelerator = args, accelerator
         self.position = -1
-        self.eta = 0.0
         self.measured: list[Measurement | None] = [None] * len(batches)
         self.random_states: list[RandomState | None] = [None] * len(batches)
         self.balances: list[Tensor] = []
         self.frontier: RandomState | None = None
         self.coefficients: list[Tensor] | None = None
+        self.losses: Tensor | None = None  # of all processes
         self.summary: BatchSummary | None = None
         self.share = 0.0
         """1/N: what a mean over the examples of the whole optimizer batch gives each of them."""
@@ -64,14 +74,36 @@ class Window:
     def size(self) -> int:
         return len(self.batches)
 
-    def weigh(self, args: MoECalArguments, *, accelerator: Accelerator) -> None:
+    @property
+    def at_end(self) -> bool:
+        return self.position == self.size - 1
+
+    def loss(self, losses: Tensor, alone: Tensor | None = None, balance: Tensor | None = None) -> Tensor:
+        """What to back-propagate of the current micro-batch; over the window the values add up to F, and the rest.
+
+        Args:
+            losses (`Tensor` of shape `[n]`): with gradient.
+            alone (`Tensor` of shape `[n]`, *optional*): the experts' own losses, outside the tilt.
+            balance (`Tensor`, *optional*): the routers' load-balancing loss, with its weight.
+        """
+        if self.coefficients is None:
+            self.weigh()
+        constant = self._constant if self.position == 0 else 0.0
+        return self._sum(self.coefficients[self.position], losses, alone, balance) + constant
+
+    def settle(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Completes the gradients after the last backward pass; `False` if the window must be run again."""
+        return True
+
+    def weigh(self) -> None:
         """Gathers every process's measurements and sets the coefficients of this process's micro-batches.
 
         Raises:
             ValueError: a loss is NaN or infinite, or nothing in the whole batch has a label.
         """
+        args = self.args
         own = torch.stack([torch.cat(column) for column in zip(*self.measured, strict=True)], dim=1)
-        rows, start = gather_rows(own, accelerator)
+        rows, start = gather_rows(own, self.accelerator)
         if len(rows) == 0:
             raise ValueError(
                 "No example of this optimizer batch has a label (all are -100); check the labels of the dataset."
@@ -97,18 +129,22 @@ class Window:
         self.share = 1 / len(rows)
         counts = [len(m.losses) for m in self.measured]
         self.coefficients = list(result.coefficients[start : start + len(own)].split(counts))
+        self.losses = losses
         self.summary = _summarise(result, losses, relevant, regret, disagreement)
         self._constant = result.value - (result.coefficients * losses).sum().item()
 
-    def weigh_equally(self, counts: list[int], *, accelerator: Accelerator) -> None:
+    def weigh_equally(self, counts: list[int]) -> None:
         """Gives each of the batch's examples the coefficient 1/N: what a mean needs, with no first pass."""
-        own = torch.tensor(counts, dtype=torch.float64, device=accelerator.device)
-        self.share = 1 / accelerator.gather(own.sum()[None]).sum().clamp(min=1).item()
+        own = torch.tensor(counts, dtype=torch.float64, device=self.accelerator.device)
+        self.share = 1 / self.accelerator.gather(own.sum()[None]).sum().clamp(min=1).item()
         self.coefficients = [torch.full((count,), self.share, dtype=own.dtype, device=own.device) for count in counts]
 
-    def constant(self) -> float:
-        """F(l) - sum_i c_i l_i, once per window: added, it makes the sum of the micro-batches' losses F(l)."""
-        return self._constant if self.position == 0 else 0.0
+    def _sum(self, weights: Tensor, losses: Tensor, alone: Tensor | None, balance: Tensor | None) -> Tensor:
+        total = (weights.to(losses.dtype) * losses).sum()
+        if alone is not None:
+            total = total + self.args.expert_loss_weight * self.share * alone.sum()
+        total = self.accelerator.num_processes * total  # gradients are averaged over processes
+        return total if balance is None else total + balance
 
     def mean_balance(self) -> float:
         """Mean load-balancing loss of this process's micro-batches; NaN where it is off."""
