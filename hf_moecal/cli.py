@@ -68,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--output", required=True, help="Parquet file to write")
     predict.add_argument("--batch-size", type=int, default=32)
     predict.add_argument("--hard-routing", type=int, metavar="K", help="keep only the K strongest experts per token")
+    predict.add_argument("--readout", help="native, mixture or soft_mixture (default: the recipe's)")
+    predict.add_argument("--readout-experts", type=int, metavar="K", help="experts of a soft mixture (default: all)")
 
     evaluate = command("evaluate", _evaluate, "Print the calibration figures of a predictions table, per group.")
     evaluate.add_argument("table", nargs="?", help="predictions table: .parquet, .jsonl or .csv")
@@ -157,7 +159,13 @@ def _predict(options: Options) -> None:
 
     recipe = load_recipe(options.config)
     table = predict_recipe(
-        recipe, model=options.model, sets=options.sets, batch_size=options.batch_size, hard_top_k=options.hard_routing
+        recipe,
+        model=options.model,
+        sets=options.sets,
+        batch_size=options.batch_size,
+        hard_top_k=options.hard_routing,
+        readout=options.readout,
+        readout_experts=options.readout_experts,
     )
     table.to_parquet(options.output)
     print(f"{len(table):,} rows, {len(table.column_names)} columns: {options.output}")

@@ -128,6 +128,8 @@ def predict_recipe(
     sets: Sequence[str] | None = None,
     batch_size: int = 32,
     hard_top_k: int | None = None,
+    readout: str | None = None,
+    readout_experts: int | None = None,
 ) -> Dataset:
     """The predictions table of a model on the recipe's sets; the column `group` names the set.
 
@@ -137,6 +139,8 @@ def predict_recipe(
         sets (`Sequence[str]`, *optional*): names among the groups, `"train"` and `"validation"`; all groups if unset.
         batch_size (`int`): sequences per forward.
         hard_top_k (`int`, *optional*): predict under [`~hf_moecal.hard_routing`] with this many experts per token.
+        readout (`str`, *optional*): what predicts, see [`~hf_moecal.readout.Readout`]; the recipe's if unset.
+        readout_experts (`int`, *optional*): with `readout="soft_mixture"`, mix only so many.
 
     Raises:
         ValueError: the recipe has no such set, or none.
@@ -157,6 +161,9 @@ def predict_recipe(
 
         tokenizer = AutoTokenizer.from_pretrained(recipe.model)
     settings = recipe.arguments
+    if readout is None:
+        readout = settings.get("readout", "native")
+        readout_experts = settings.get("readout_experts") if readout_experts is None else readout_experts
     cached = nullcontext()
     if settings.get("prefix_cache") is not None and hard_top_k is None:  # hard routing changes earlier layers too
         model.requires_grad_(False)
@@ -173,6 +180,8 @@ def predict_recipe(
                 batch_size=batch_size,
                 max_length=recipe.max_length,
                 layer=settings.get("probe_layer", -1),
+                readout=readout,
+                readout_experts=readout_experts,
                 prefix=prefix,
             )
             for name in wanted

@@ -105,6 +105,20 @@ def test_train_predict_evaluate(trained, capsys):
     assert "ECE" in printed and "test" in printed
 
 
+def test_predict_by_a_mixture(trained, capsys):
+    config = ["--model", str(trained / "out"), "--config", str(trained / "recipe.yaml")]
+    made = trained / "mixture.parquet"
+    mixed = ["--readout", "soft_mixture", "--readout-experts", "3"]
+    assert main(["predict", *config, *mixed, "--output", str(made)]) == 0
+    row = Dataset.from_parquet(str(made))[0]
+    assert row["readout"] == "soft_mixture of 3"
+    alone = torch.tensor(row["expert_logits"]).double().softmax(-1)
+    mixed = torch.tensor(row["expert_weights"]).double() @ alone
+    assert row["probs"] == pytest.approx(mixed.tolist(), abs=1e-6)
+    assert main(["predict", *config, "--readout", "blend", "--output", str(made)]) == 2
+    assert "`readout` must be one of native, mixture, soft_mixture, got 'blend'" in capsys.readouterr().err
+
+
 def test_calibrate_refuses_training_rows_and_writes_beside_the_weights(trained, capsys):
     model = ["--model", str(trained / "out")]
     assert main(["calibrate", str(trained / "validation.parquet"), *model, "--method", "temperature"]) == 0
