@@ -14,8 +14,9 @@ EXTRAS = {
     "gguf": ["gguf>=0.10"],
     "lint": ["ruff>=0.9"],
     "space": ["gradio>=5", "playwright>=1.40"],
+    "trl": ["trl>=1.16,<2"],
 }
-EXTRAS["test"] = [*EXTRAS["peft"], *EXTRAS["gguf"], "hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3"]
+EXTRAS["test"] = [*EXTRAS["peft"], *EXTRAS["gguf"], *EXTRAS["trl"], "hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3"]
 EXTRAS["test"] += [
     "prometheus_client>=0.20",
     "netcal>=1.3",

@@ -161,11 +161,16 @@ class Judge:
             # Trainer pads batches of fewer options with -100, which among log-probabilities is as good as zero.
             return {"logits": supervision.scores(rows).log_softmax(-1)}
         if self._args.task == "lm":
-            found = self._reduced(outputs, lambda part, logits: token_figures(logits, supervision.labels[part]))
-            nll, confidence, prediction, brier = found.unbind(-1)
+            nll, confidence, prediction, brier = self.row_figures(outputs, token_figures).unbind(-1)
             correct = (prediction == supervision.labels).float()
             return {"logits": self._spread(nll=nll, confidence=confidence, correct=correct, brier=brier)}
         return outputs
+
+    @torch.no_grad()
+    def row_figures(self, outputs: Any, figures: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """`figures(logits [c, V], labels [c])` over chunks of a language model's supervised tokens, joined."""
+        labels = self._supervision.labels
+        return self._reduced(outputs, lambda part, logits: figures(logits, labels[part]))
 
     def _spread(self, **figures: Tensor) -> dict[str, Tensor]:
         """Figures of the judged positions, laid out like the batch."""
