@@ -16,8 +16,11 @@ EXTRAS = {
     "space": ["gradio>=5", "playwright>=1.40"],
     "trl": ["trl>=1.16,<2"],
 }
-EXTRAS["test"] = [*EXTRAS["peft"], *EXTRAS["gguf"], *EXTRAS["trl"], "hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3"]
+EXTRAS["test"] = [*EXTRAS["peft"], *EXTRAS["gguf"], *EXTRAS["trl"]]
 EXTRAS["test"] += [
+    "hypothesis>=6.100",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
     "prometheus_client>=0.20",
     "netcal>=1.3",
     "relplot>=1.0",
