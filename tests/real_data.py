@@ -20,13 +20,14 @@ import pytest
 
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+RECIPES = SCRIPTS.with_name("recipes")
 DOMAINS = ("movie", "tweets", "reviews", "editorials")
 
 
-def load_script(name: str) -> ModuleType:
-    """A module of `scripts/`, which is no package."""
-    if str(SCRIPTS) not in sys.path:
-        sys.path.insert(0, str(SCRIPTS))
+def load_script(name: str, folder: Path = SCRIPTS) -> ModuleType:
+    """A module of `scripts/` or `recipes/`, which are no packages."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
     return importlib.import_module(name)
 
 
