@@ -31,7 +31,10 @@ from .tasks import pooled_positions
 
 _FLUSH_EVERY = 1024  # sequences: what a killed run computes again at most
 _VERIFIED = 8  # judged tokens of the first batch that are computed without the cache as well, to compare
-_LABELS = ("_name_or_path", "architectures", "id2label", "label2id", "problem_type", "transformers_version")
+_UNRELATED = (  # settings that no hidden state depends on
+    *("_name_or_path", "architectures", "id2label", "label2id", "problem_type", "transformers_version"),
+    *("use_cache", "output_router_logits", "router_aux_loss_coef"),
+)
 _SHAPING = ("position_ids", "inputs_embeds", "token_type_ids", "past_key_values")
 
 
@@ -302,7 +305,7 @@ def _run(model: nn.Module, **inputs: Any) -> Any:
 def fingerprint(modules: list[nn.Module], config: Any) -> str:
     """Hash of the weights of modules, and of the configuration that says how they are used."""
     digest = hashlib.blake2b(digest_size=16)
-    settings = {name: value for name, value in config.to_diff_dict().items() if name not in _LABELS}
+    settings = {name: value for name, value in config.to_diff_dict().items() if name not in _UNRELATED}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for module in modules:
         for name, tensor in module.state_dict().items():
