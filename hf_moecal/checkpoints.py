@@ -12,9 +12,11 @@ from pathlib import Path
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .committee import CONTAINER, MEMBERS_FILE, count_members, load_members
+
 
 def restore_weights(model: nn.Module, checkpoint: str | Path) -> bool:
-    """Loads every tensor of a checkpoint folder into a plain transformers model.
+    """Loads every tensor of a checkpoint folder into a plain transformers model, and into its further members.
 
     Args:
         model (`PreTrainedModel`): takes the weights in place.
@@ -27,6 +29,8 @@ def restore_weights(model: nn.Module, checkpoint: str | Path) -> bool:
     Raises:
         ValueError: the checkpoint's tensors are not those of the model.
     """
+    if count_members(model) > 1:
+        load_members(model, Path(checkpoint) / MEMBERS_FILE)
     stored = tensor_names(Path(checkpoint))
     if not stored or stored >= set(_saved_names(model)):
         return False
@@ -37,7 +41,7 @@ def restore_weights(model: nn.Module, checkpoint: str | Path) -> bool:
             f"Checkpoint {str(checkpoint)!r} does not fit {type(model).__name__}: {len(wrong)} tensors differ (first: "
             f"{wrong[0]}); resume with the model that wrote it."
         )
-    model.load_state_dict(loaded.state_dict())
+    model.load_state_dict({**model.state_dict(), **loaded.state_dict()})
     return True
 
 
@@ -54,8 +58,9 @@ def tensor_names(folder: Path) -> set[str]:
 
 
 def _saved_names(model: nn.Module) -> list[str]:
-    """Names of the model's tensors, one per tensor: a tied one is saved under one name only."""
+    """Names of the model's tensors, one per tensor: a tied one is saved under one name only, members elsewhere."""
     seen: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        seen.setdefault(id(tensor), name)
+        if not name.startswith(f"{CONTAINER}."):
+            seen.setdefault(id(tensor), name)
     return list(seen.values())

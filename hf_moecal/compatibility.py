@@ -59,7 +59,7 @@ def check_distribution(trainer: Trainer) -> None:
             f"One process drives {trainer.args.n_gpu} GPUs (DataParallel), which hides the batch's losses; start "
             "with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES=0."
         )
-    if trainer.args.readout != "native":
+    if trainer.args.readout != "native" or trainer.args.readout_members > 1:
         _check_mixture(trainer)
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and (parallelism.cp_enabled or getattr(parallelism, "sp_enabled", False)):
@@ -70,11 +70,13 @@ def check_distribution(trainer: Trainer) -> None:
 
 
 def _check_mixture(trainer: Trainer) -> None:
-    """A mixture trains modules that are called outside the model's own forward, which not every wrapper sees."""
+    """A mixture, and a committee, train modules outside the model's own forward, which not every wrapper sees."""
+    args = trainer.args
+    what = f"readout_members={args.readout_members}" if args.readout == "native" else f"readout={args.readout!r}"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
-            f"readout={trainer.args.readout!r} sends gradients through experts that run again outside their layer, "
-            "where sharded weights (FSDP, DeepSpeed) would lose them; train with DDP, or with readout='native'."
+            f"{what} sends gradients through experts that run again outside their layer, where sharded weights (FSDP, "
+            "DeepSpeed) would lose them; train with DDP, or with readout='native' and readout_members=1."
         )
     if trainer.args.torch_compile:
-        raise ValueError(f"readout={trainer.args.readout!r} cannot be compiled; set torch_compile=False.")
+        raise ValueError(f"{what} cannot be compiled; set torch_compile=False.")

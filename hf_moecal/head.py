@@ -51,6 +51,7 @@ class RowSelector:
         self._quiet = quiet
         self._tokens: Tensor | None = None
         self._rows: Tensor | None = None
+        self._due = self._base is self._outer
 
     def __enter__(self) -> RowSelector:
         self._handles = [
@@ -82,7 +83,7 @@ class RowSelector:
         """
         rows = self._rows
         if rows is None:
-            return reduce(slice(None), logits[0])
+            return reduce(slice(None), self.at(logits, slice(None)))
         size = max(1, CHUNK_ELEMENTS // self._vocabulary)
         parts = [slice(start, start + size) for start in range(0, len(rows), size)]
 
@@ -92,6 +93,10 @@ class RowSelector:
         if not torch.is_grad_enabled():
             return torch.cat([answer(part, rows[part]) for part in parts])
         return torch.cat([checkpoint(answer, part, rows[part], use_reentrant=False) for part in parts])
+
+    def at(self, logits: Tensor, part: slice) -> Tensor:
+        """Logits `[c, V]` of a slice of the chosen positions; `logits` are those of the forward."""
+        return logits[0, part] if self._rows is None else self._logits(self._rows[part])
 
     def _logits(self, hidden: Tensor) -> Tensor:
         def stub(*args: Any, **kwargs: Any) -> ModelOutput:
@@ -107,13 +112,15 @@ class RowSelector:
         return many and self._base is not self._outer
 
     def _keep(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._due = True
         if self._chunked():
             hidden = output.last_hidden_state
             self._output_type, self._autocast = type(output), autocast_state(module)
             self._rows = hidden.reshape(-1, hidden.shape[-1])[self._tokens]
 
     def _select(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self._tokens is None:
+        if self._tokens is None or not self._due:
             return None
+        self._due = self._base is self._outer  # another model may share this head
         hidden, tokens = args[0], self._tokens[:1] if self._chunked() else self._tokens
         return (hidden.reshape(-1, hidden.shape[-1])[tokens].unsqueeze(0), *args[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from .aux_loss import RouterBalance
 from .choice import OptionSupervision, WordSupervision, flat_inputs, supervise_choice
-from .head import RowSelector
 from .objectives import example_losses
 from .prefix_cache import PrefixCache
-from .probes import ExpertProbe, probe_experts
-from .readout import ClassifierReadout, Mixed, Mixture, Readout, mean_expert_loss, mixed_agreement
+from .reading import Member, Reading, logits_of
+from .readout import Mixed, Readout, mean_expert_loss, mixed_agreement
 from .table import IGNORED_LABEL
 from .tasks import Loss, Supervision, real_tokens, supervise_classification, supervise_lm, token_figures
 from .training_args import MoECalArguments
@@ -28,6 +27,8 @@ Judged = Supervision | OptionSupervision | WordSupervision
 
 class Judge:
     """Attaches to a model what its arguments need (row selector, prefix cache, expert probe) and reads its forwards.
+
+    The members of a committee are judged each by itself while they train, and together in evaluation.
 
     ```python
     with Judge(model, args) as judge, judge.batch(inputs) as batch:
@@ -43,13 +44,10 @@ class Judge:
     def __init__(self, model: nn.Module, args: MoECalArguments, *, balanced: bool = False):
         self._model, self._args = model, args
         self._routers = RouterBalance(model) if balanced else None
-        self._selector: RowSelector | None = None
-        self._probe: ExpertProbe | None = None
         self._prefix: PrefixCache | None = None
-        self._mixture: Mixture | None = None
-        self._classifier: ClassifierReadout | None = None
+        self._reading: Reading | None = None
         self._supervision: Judged | None = None
-        self._alone: dict[str, Tensor] = {}
+        self._alone: list[dict[str, Tensor]] = []
 
     def __enter__(self) -> Judge:
         with ExitStack() as stack:
@@ -58,15 +56,15 @@ class Judge:
                 self._prefix = stack.enter_context(cache)
             if self._routers is not None:
                 stack.enter_context(self._routers)
-            if self._args.objective == "robust_filtered" or self._args.readout != "native":
-                self._probe = stack.enter_context(probe_experts(self._model, layer=self._args.probe_layer))
-            if self._args.readout != "native":
-                self._mixture = Mixture(self._probe, Readout(self._args.readout, self._args.readout_experts))
-            if self._mixture is not None and self._args.task == "classification":
-                self._classifier = stack.enter_context(ClassifierReadout(self._model, self._mixture))
-            if self._args.task != "classification":
-                quiet = nullcontext if self._probe is None else self._probe.paused
-                self._selector = stack.enter_context(RowSelector(self._model, quiet=quiet))
+            args = self._args
+            reading = Reading(
+                self._model,
+                Readout(args.readout, args.readout_experts),
+                probed=args.objective == "robust_filtered",
+                layer=args.probe_layer,
+                rows=args.task != "classification",
+            )
+            self._reading = stack.enter_context(reading)
             self._instruments = stack.pop_all()
         return self
 
@@ -96,10 +94,7 @@ class Judge:
         self._positions, self._shape = self._supervision.tokens, inputs["input_ids"].shape
         inputs = flat_inputs(inputs) if self._args.task == "choice" else inputs
         watched = nullcontext() if self._routers is None else self._routers.watching(inputs)
-        judged = self._supervision.tokens
-        # A mixture has no use for the model's own logits, but the model's forward cannot do without any.
-        selected = judged if self._mixture is None else judged[:1]
-        with self._replaying(inputs) as batch, self._selecting(selected), watched:
+        with self._replaying(inputs) as batch, self._reading.at(self._supervision.tokens), watched:
             yield batch
 
     @contextmanager
@@ -123,31 +118,41 @@ class Judge:
         return None if self._routers is None or not torch.is_grad_enabled() else self._routers.loss()
 
     def losses(self, outputs: Any, *, plain: bool = False) -> Tensor:
-        """Loss of each example, `[num_examples]`, with gradient; plain cross-entropy, or the objective's own."""
+        """The objective's own loss of each example for each member, `[num_examples, M]`, with gradient.
+
+        Args:
+            outputs (`Any`): of the forward.
+            plain (`bool`, *optional*, defaults to `False`): gives the cross-entropy of all members' joint prediction
+                instead, `[num_examples, 1]`.
+        """
         supervision, args = self._supervision, self._args
+        if plain:
+            rows = self._together(outputs, lambda part, logits: supervision.row_values(part, logits, example_losses))
+            return supervision.example_losses(rows, example_losses).unsqueeze(1)
         own = {"objective": args.objective, "label_smoothing": args.label_smoothing_factor}
-        loss = partial(example_losses, **({} if plain else {**own, "focal_gamma": args.focal_gamma}))
-        wanted = self._asked_of_experts()
-        if wanted and len(supervision.tokens):
-            rows = self._rows_with_experts(wanted, loss)
-        else:
-            rows = self._reduced(outputs, lambda part, logits: supervision.row_values(part, logits, loss))
-            self._alone = {name: rows.new_zeros(0) for name in wanted}
-        return supervision.example_losses(rows, loss)
+        loss = partial(example_losses, **own, focal_gamma=args.focal_gamma)
+        self._alone, columns = [], []
+        for number, output in enumerate(self._reading.outputs(outputs)):
+            rows, alone = self._rows(number, output, loss)
+            columns.append(supervision.example_losses(rows, loss))
+            self._alone.append(alone)
+        return torch.stack(columns, dim=1)
 
     def expert_losses(self) -> Tensor:
-        """Loss of each example's experts on their own, `[num_examples]`, with gradient; of the last `losses`."""
-        return self._alone["expert_loss"]
+        """Loss of each example's experts on their own, `[num_examples, M]`, with gradient; of the last `losses`."""
+        return torch.stack([alone["expert_loss"] for alone in self._alone], dim=1)
 
     @torch.no_grad()
     def measure(self, losses: Tensor) -> Measurement:
         """The losses with each example's regret and disagreement, NaN where nothing probes."""
-        regret = disagreement = torch.full_like(losses, float("nan"), dtype=torch.float64)
-        if "regret" in self._alone:
-            disagreement, regret = (self._alone[name].double() for name in ("disagreement", "regret"))
-        elif self._probe is not None and self._mixture is None and len(losses):
-            with self._selecting(None):  # the probe calls the head on rows of its own choice
-                disagreement, regret = (values.double() for values in self._supervision.probed(self._probe))
+        regret = torch.full_like(losses, float("nan"), dtype=torch.float64)
+        disagreement = regret.clone()
+        for number, (member, alone) in enumerate(zip(self._reading.members, self._alone, strict=True)):
+            if "regret" in alone:
+                disagreement[:, number], regret[:, number] = alone["disagreement"], alone["regret"]
+            elif member.probe is not None and member.mixture is None and len(losses):
+                with member.selecting(None):  # the probe calls the head on rows of its own choice
+                    disagreement[:, number], regret[:, number] = self._supervision.probed(member.probe)
         return Measurement(losses.detach().double(), regret, disagreement)
 
     @torch.no_grad()
@@ -157,7 +162,7 @@ class Judge:
         """
         supervision = self._supervision
         if self._args.task == "choice":
-            rows = self._reduced(outputs, lambda part, logits: supervision.row_values(part, logits, example_losses))
+            rows = self._together(outputs, lambda part, logits: supervision.row_values(part, logits, example_losses))
             # Trainer pads batches of fewer options with -100, which among log-probabilities is as good as zero.
             return {"logits": supervision.scores(rows).log_softmax(-1)}
         if self._args.task == "lm":
@@ -170,7 +175,7 @@ class Judge:
     def row_figures(self, outputs: Any, figures: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """`figures(logits [c, V], labels [c])` over chunks of a language model's supervised tokens, joined."""
         labels = self._supervision.labels
-        return self._reduced(outputs, lambda part, logits: figures(logits, labels[part]))
+        return self._together(outputs, lambda part, logits: figures(logits, labels[part]))
 
     def _spread(self, **figures: Tensor) -> dict[str, Tensor]:
         """Figures of the judged positions, laid out like the batch."""
@@ -180,42 +185,55 @@ class Judge:
             spread[name].view(-1)[self._positions] = values
         return spread
 
+    def _rows(self, number: int, output: Any, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
+        """The supervision's row values of one member, and what its experts are asked on their own, by example."""
+        supervision, wanted = self._supervision, self._asked_of_experts()
+
+        def values(part: slice, logits: Tensor) -> Tensor:
+            return supervision.row_values(part, logits, loss)
+
+        if not (wanted and len(supervision.tokens)):
+            rows = self._reduced(number, output, values)
+            return rows, {name: rows.new_zeros(0) for name in wanted}
+
+        def with_experts(part: slice, mixed: Mixed) -> Tensor:
+            narrow, labels = supervision.narrowed(part, mixed)
+            alone = list(mixed_agreement(narrow, labels)) if "regret" in wanted else []
+            alone += [mean_expert_loss(narrow, labels)] if "expert_loss" in wanted else []
+            own = values(part, mixed.log_probs).reshape(len(labels), -1)
+            return torch.cat([torch.stack(alone, dim=1), own], dim=1)
+
+        found = self._mixed(number, with_experts)
+        alone = found[:, : len(wanted)].unbind(1)
+        asked = {name: supervision.mean_by_example(column) for name, column in zip(wanted, alone, strict=True)}
+        return found[:, len(wanted) :].squeeze(1), asked
+
     def _asked_of_experts(self) -> list[str]:
         """What a mixture's experts are asked on their own."""
-        if self._mixture is None:
+        if self._args.readout == "native":
             return []
         filtered = ["disagreement", "regret"] if self._args.objective == "robust_filtered" else []
         return filtered + (["expert_loss"] if self._args.expert_loss_weight else [])
 
-    def _rows_with_experts(self, wanted: list[str], loss: Loss) -> Tensor:
-        """The supervision's row values of the mixture; what its experts do on their own is kept."""
-        supervision = self._supervision
+    def _mixed(self, number: int, reduce: Callable[[slice, Mixed], Tensor]) -> Tensor:
+        """`reduce` over chunks of the judged rows of a member's mixture; a classifier's was made in its forward."""
+        if self._reading.parts:
+            return reduce(slice(None), self._reading.parts[number].rows(self._supervision.rows))
+        return self._reading.members[number].mixture.reduced(self._supervision.tokens, reduce)
 
-        def reduce(part: slice, mixed: Mixed) -> Tensor:
-            narrow, labels = supervision.narrowed(part, mixed)
-            alone = list(mixed_agreement(narrow, labels)) if "regret" in wanted else []
-            alone += [mean_expert_loss(narrow, labels)] if "expert_loss" in wanted else []
-            values = supervision.row_values(part, mixed.log_probs, loss)
-            return torch.cat([torch.stack(alone, dim=1), values.reshape(len(labels), -1)], dim=1)
+    def _reduced(self, number: int, output: Any, reduce: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        """`reduce` over chunks of a member's logits at the judged rows."""
+        member: Member = self._reading.members[number]
+        if self._reading.parts or (member.mixture is not None and len(self._supervision.tokens)):
+            return self._mixed(number, lambda part, mixed: reduce(part, mixed.log_probs))
+        if member.selector is not None:
+            return member.selector.reduced(logits_of(output), reduce)
+        return reduce(slice(None), logits_of(output)[self._supervision.rows])
 
-        found = self._mixed(reduce)
-        alone = found[:, : len(wanted)].unbind(1)
-        self._alone = {name: supervision.mean_by_example(column) for name, column in zip(wanted, alone, strict=True)}
-        return found[:, len(wanted) :].squeeze(1)
-
-    def _mixed(self, reduce: Callable[[slice, Mixed], Tensor]) -> Tensor:
-        """`reduce` over chunks of the judged rows of a mixture; a classifier's was made in its forward."""
-        if self._classifier is None:
-            return self._mixture.reduced(self._supervision.tokens, reduce)
-        return reduce(slice(None), Mixed(*(values[self._supervision.rows] for values in self._classifier.mixed)))
-
-    def _reduced(self, outputs: Any, reduce: Callable[[slice, Tensor], Tensor]) -> Tensor:
-        if self._mixture is not None and len(self._supervision.tokens):
-            return self._mixed(lambda part, mixed: reduce(part, mixed.log_probs))
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        if self._selector is not None:
-            return self._selector.reduced(logits, reduce)
-        return reduce(slice(None), logits[self._supervision.rows])
-
-    def _selecting(self, tokens: Tensor | None) -> AbstractContextManager[None]:
-        return nullcontext() if self._selector is None else self._selector.selecting(tokens)
+    def _together(self, outputs: Any, reduce: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        """`reduce` over chunks of what all members predict together at the judged rows."""
+        if len(self._reading.members) == 1:
+            return self._reduced(0, outputs, reduce)
+        if self._args.task == "classification":
+            return reduce(slice(None), logits_of(outputs)[self._supervision.rows])
+        return self._reading.together(outputs, reduce)

@@ -15,12 +15,13 @@ committee), the mixtures are mixed once more, in equal shares.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .probes import ExpertProbe
 from .probes.agreement import disagreement_and_regret
@@ -38,8 +39,10 @@ class Readout:
     Args:
         kind (`str`, *optional*, defaults to `"native"`): `"native"`, `"mixture"` or `"soft_mixture"`.
         experts (`int`, *optional*): with `"soft_mixture"`, mix the experts with the largest shares only; all if unset.
-        temperatures (`tuple[float]`, *optional*): one per expert of the layer; each expert's logits are divided by
-            its own before they are mixed.
+        temperatures (`tuple[float]`, *optional*): one per expert of the layer, those of each further member after
+            that; each expert's logits are divided by its own before they are mixed.
+        members (`int`, *optional*, defaults to 1): how many last MoE layers predict, mixed in equal shares; a
+            property of the model, see [`hf_moecal.committee`].
 
     Raises:
         ValueError: no such readout, or a setting that it does not have.
@@ -48,6 +51,7 @@ class Readout:
     kind: str = "native"
     experts: int | None = None
     temperatures: tuple[float, ...] | None = None
+    members: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in READOUTS:
@@ -64,11 +68,45 @@ class Readout:
         if self.temperatures is not None and not all(0 < t < math.inf for t in self.temperatures):
             raise ValueError(f"Temperatures are finite and above 0, got {self.temperatures}.")
 
+        if not (isinstance(self.members, int) and self.members >= 1):
+            raise ValueError(f"`readout_members` must be a whole number, 1 or more, got {self.members!r}.")
+
     @property
     def name(self) -> str | None:
-        """What a predictions table says about it; nothing for the native one."""
-        kind = None if self.kind == "native" else self.kind
-        return kind if self.experts is None else f"{kind} of {self.experts}"
+        """What a predictions table says about it; nothing for the native one of a single model."""
+        name = self.kind if self.experts is None else f"{self.kind} of {self.experts}"
+        if self.members > 1:
+            return f"{name}, committee of {self.members}"
+        return name if self.is_mixture else None
+
+    @classmethod
+    def named(cls, name: str | None) -> Readout:
+        """The readout that a predictions table names.
+
+        Raises:
+            ValueError: no readout has that name.
+
+        Example:
+
+        ```python
+        >>> from hf_moecal.readout import Readout
+        >>> Readout.named("soft_mixture of 3, committee of 2")
+        Readout(kind='soft_mixture', experts=3, temperatures=None, members=2)
+
+        ```
+        """
+        if name is None:
+            return cls()
+        found = re.fullmatch(r"(\w+?)(?: of (\d+))?(?:, committee of (\d+))?", name)
+        if found is None:
+            raise ValueError(f"No readout is named {name!r}; names are like 'soft_mixture of 3, committee of 2'.")
+        kind, experts, members = found.groups()
+        return cls(kind, None if experts is None else int(experts), members=int(members or 1))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is what the checkpoint predicts in plain transformers."""
+        return self.name is None
 
     @property
     def is_mixture(self) -> bool:
@@ -83,12 +121,18 @@ class Mixed(NamedTuple):
         expert_log_probs (`Tensor` of shape `[n, m, C]`): of each expert alone.
         shares (`Tensor` of shape `[n, m]`): r_k, summing to one.
         expert_ids (`LongTensor` of shape `[n, m]`): which experts these are.
+        num_experts (`int`): how many there are to choose from.
     """
 
     log_probs: Tensor
     expert_log_probs: Tensor
     shares: Tensor
     expert_ids: Tensor
+    num_experts: int = 1
+
+    def rows(self, chosen: Tensor) -> Mixed:
+        """The mixture of some of the tokens."""
+        return Mixed(*(values[chosen] for values in self[:4]), self.num_experts)
 
 
 def log_mixture(expert_log_probs: Tensor, shares: Tensor) -> Tensor:
@@ -113,6 +157,36 @@ def log_mixture(expert_log_probs: Tensor, shares: Tensor) -> Tensor:
     alone = expert_log_probs.clamp_min(torch.finfo(expert_log_probs.dtype).min / 2)
     log_shares = shares.clamp_min(torch.finfo(shares.dtype).tiny).log()
     return torch.logsumexp(log_shares.unsqueeze(-1) + alone, dim=1)
+
+
+def alone(log_probs: Tensor) -> Mixed:
+    """One prediction `[n, C]` as a mixture of itself."""
+    shares = log_probs.new_ones(len(log_probs), 1)
+    return Mixed(log_probs, log_probs.unsqueeze(1), shares, shares.long() - 1)
+
+
+def joined(parts: list[Mixed]) -> Mixed:
+    """The mixture of a committee's mixtures, in equal shares.
+
+    Expert k of member j is number j * E + k, with E experts in each (one, where the members are not mixtures).
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_moecal.readout import alone, joined
+    >>> members = [alone(torch.tensor([[0.9, 0.1]]).log()), alone(torch.tensor([[0.5, 0.5]]).log())]
+    >>> joined(members).log_probs.exp(), joined(members).expert_ids
+    (tensor([[0.7000, 0.3000]]), tensor([[0, 1]]))
+
+    ```
+    """
+    if len(parts) == 1:
+        return parts[0]
+    experts = torch.cat([part.expert_log_probs for part in parts], dim=1)
+    shares = torch.cat([part.shares for part in parts], dim=1) / len(parts)
+    ids = torch.cat([part.expert_ids + number * part.num_experts for number, part in enumerate(parts)], dim=1)
+    return Mixed(log_mixture(experts, shares), experts, shares, ids, len(parts) * parts[0].num_experts)
 
 
 def mean_expert_loss(mixed: Mixed, labels: Tensor) -> Tensor:
@@ -144,18 +218,23 @@ class Mixture:
     Args:
         probe ([`~hf_moecal.probes.ExpertProbe`]): watches the model.
         readout ([`Readout`]): `"mixture"` or `"soft_mixture"`.
+        member (`int`, *optional*, defaults to 0): number of the watched model in its committee.
     """
 
-    def __init__(self, probe: ExpertProbe, readout: Readout) -> None:
+    def __init__(self, probe: ExpertProbe, readout: Readout, *, member: int = 0) -> None:
         (layer,) = probe.layers
         self.probe, self._readout = probe, readout
+        self._temperatures: tuple[float, ...] | None = None
         if readout.experts is not None and readout.experts > layer.num_experts:
             raise ValueError(f"readout_experts={readout.experts}, but {layer.name} has {layer.num_experts} experts.")
         given = readout.temperatures
-        if given is not None and len(given) != layer.num_experts:
-            raise ValueError(
-                f"{layer.name} has {layer.num_experts} experts, but {len(given)} temperatures were given."
-            )
+        if given is not None:
+            if len(given) != readout.members * layer.num_experts:
+                raise ValueError(
+                    f"{readout.members} x {layer.name} have {readout.members * layer.num_experts} experts, but "
+                    f"{len(given)} temperatures were given."
+                )
+            self._temperatures = given[member * layer.num_experts : (member + 1) * layer.num_experts]
 
     def shares(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The experts that are mixed, `[n, m]`, the largest share first, and their shares, `[n, m]`."""
@@ -200,37 +279,8 @@ class Mixture:
 
     def _mix(self, logits: Tensor, shares: Tensor, experts: Tensor) -> Mixed:
         logits = upcast(logits)
-        if self._readout.temperatures is not None:
-            own = logits.new_tensor(self._readout.temperatures)[experts]
+        if self._temperatures is not None:
+            own = logits.new_tensor(self._temperatures)[experts]
             logits = logits / own.unsqueeze(-1)
-        alone = logits.log_softmax(-1)
-        return Mixed(log_mixture(alone, shares), alone, shares, experts)
-
-
-class ClassifierReadout:
-    """Makes a sequence classifier give the mixture's log-probabilities as its logits. A context manager.
-
-    Args:
-        model (`nn.Module`): the classifier as it is called, also under PEFT.
-        mixture ([`Mixture`]): of a probe that watches it.
-    """
-
-    def __init__(self, model: nn.Module, mixture: Mixture) -> None:
-        self._model, self._mixture = model, mixture
-        self._pad = model.config.get_text_config().pad_token_id
-        self.mixed: Mixed | None = None
-        """Of the last forward."""
-
-    def __enter__(self) -> ClassifierReadout:
-        self._handle = self._model.register_forward_hook(self._read)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._handle.remove()
-
-    def _read(self, model: nn.Module, args: tuple, output: Any) -> Any:
-        if self._mixture.probe.is_paused:  # a replay
-            return output
-        self.mixed = self._mixture.pooled(self._pad)
-        output.logits = self.mixed.log_probs
-        return output
+        each = logits.log_softmax(-1)
+        return Mixed(log_mixture(each, shares), each, shares, experts, self.probe.layers[0].num_experts)

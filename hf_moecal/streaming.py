@@ -116,7 +116,7 @@ def choose_window(
     if not args.is_robust or args.gradient_accumulation_steps == 1:
         return Window, ""
     beside = balanced or args.expert_loss_weight > 0  # is not divided by the weights' sum
-    one_factor = args.objective == "robust" and args.detach_weights and not beside
+    one_factor = args.objective == "robust" and args.detach_weights and not beside and args.readout_members == 1
     streaming = ScaledWindow if one_factor else HeldWindow
     obstacle = _obstacle(streaming, accelerator)
     if args.normalizer == "streaming":

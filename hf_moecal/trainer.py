@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, Trainer
 from .aux_loss import balance_coefficient
 from .checkpoints import restore_weights
 from .choice import CHOICE_COLUMNS, ChoiceCollator
+from .committee import CONTAINER, add_members, count_members, member_names, save_members
 from .compatibility import check_arguments, check_datasets, check_distribution
 from .freezing import set_trainable, what_trains
 from .hub.checkpoint_files import write_training_record
@@ -28,7 +29,7 @@ from .metrics import calibration_metrics
 from .probes import find_moe_layers
 from .streaming import choose_window
 from .training_args import MoECalArguments
-from .window import BatchSummary, RandomState, Window, average_summaries
+from .window import BatchSummary, RandomState, Window, average_summaries, without_repeats
 
 
 class MoECalMixin:
@@ -45,7 +46,7 @@ class MoECalMixin:
             kwargs["data_collator"] = ChoiceCollator(kwargs.get("processing_class"))
         super().__init__(model=model, args=args, **kwargs)
         check_distribution(self)
-        cached = args.prefix_cache is not None
+        cached = args.prefix_cache is not None or args.readout_members > 1
         self._balance = balance_coefficient(self.model, args.router_aux_loss_coef, cached=cached)
         balanced = f"router aux loss times {self._balance:g}" if self._balance else "no router aux loss"
         self.trains = f"{what_trains(self.model, args.train)}; {balanced}"
@@ -80,6 +81,7 @@ class MoECalMixin:
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         batches, count = super().get_batch_samples(*args, **kwargs)
+        batches = without_repeats(batches, self.accelerator)
         eta = self.args.eta_at(self.state.global_step / self.state.max_steps)
         window_type = self._window_type if eta > 0 and len(batches) > 1 else Window
         self._window = window_type(batches, args=self.args, accelerator=self.accelerator, eta=eta)
@@ -167,6 +169,16 @@ class MoECalMixin:
         super()._set_signature_columns_if_needed()
         if self.args.task == "choice":  # read by the collator, not by the model
             self._signature_columns = list(dict.fromkeys([*self._signature_columns, *CHOICE_COLUMNS]))
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """A further member's parameters decay as member 0's do."""
+        names = {name for name in super().get_decay_parameter_names(model) if not name.startswith(f"{CONTAINER}.")}
+        return [*names, *(key for key, name in member_names(model).items() if name in names)]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            save_members(self.model, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -318,4 +330,6 @@ def _prepared(model: Any, args: MoECalArguments) -> Any:
     if args.train == "lora":
         return add_lora(model, r=args.lora_r, alpha=args.lora_alpha)
     set_trainable(model, args.train)
+    if args.readout_members > 1 or count_members(model) > 1:
+        add_members(model, args.readout_members, seed=args.seed)
     return model

@@ -48,6 +48,11 @@ class MoECalArguments(TrainingArguments):
             `"soft_mixture"` (all, with the router's full distribution); see [`~hf_moecal.readout.Readout`].
         readout_experts (`int`, *optional*): with `readout="soft_mixture"`, mix only so many, those with the largest
             shares.
+        readout_members (`int`, *optional*, defaults to 1): trains a committee of so many last MoE layers, each with
+            its own final norm and head, on the frozen layers that they share, and mixes their predictions in equal
+            shares. Each trains by the objective of its own losses, as if alone, so the training loss is the sum over
+            the members, and `max_grad_norm` bounds the norm of all their gradients together. Needs
+            `train="last_moe_layer"`; see [`~hf_moecal.committee.add_members`].
         expert_loss_weight (`float`, *optional*, defaults to 0.0): weight of the mean over the examples of what each
             expert of the mixture loses on its own, sum_k r_k l^(k), beside the objective.
         task (`str`, *optional*, defaults to `"classification"`): `"classification"` (a sequence-classification head),
@@ -100,6 +105,7 @@ class MoECalArguments(TrainingArguments):
     probe_layer: int = field(default=-1, metadata={"help": "Index of the probed MoE layer."})
     readout: str = field(default="native", metadata={"help": f"What predicts: one of {', '.join(READOUTS)}."})
     readout_experts: int | None = field(default=None, metadata={"help": "Experts of a soft mixture; all if unset."})
+    readout_members: int = field(default=1, metadata={"help": "Members of the committee that is trained."})
     expert_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the experts' losses on their own."})
     task: str = field(default="classification", metadata={"help": f"One of {', '.join(TASKS)}."})
     example: str = field(default="sequence", metadata={"help": "For task=lm: 'sequence' or 'token'."})
@@ -174,10 +180,20 @@ class MoECalArguments(TrainingArguments):
                 f"`expert_loss_weight={self.expert_loss_weight}` needs experts that predict; set readout='mixture' or "
                 "'soft_mixture', or the weight to 0."
             )
-        if self.readout != "native" and self.probe_layer != -1:
+        last = f"readout={self.readout!r}" if self.readout != "native" else f"readout_members={self.readout_members}"
+        if (self.readout != "native" or self.readout_members > 1) and self.probe_layer != -1:
+            raise ValueError(f"{last} is of the last MoE layer, got probe_layer={self.probe_layer}; leave it at -1.")
+        if not (isinstance(self.readout_members, int) and self.readout_members >= 1):
+            raise ValueError(f"`readout_members` must be a whole number, 1 or more, got {self.readout_members!r}.")
+        if self.readout_members > 1 and self.train != "last_moe_layer":
             raise ValueError(
-                f"readout={self.readout!r} is that of the last MoE layer, got probe_layer={self.probe_layer}; "
-                "leave it at -1."
+                f"readout_members={self.readout_members} trains copies of the last MoE layer on frozen layers that "
+                f"they share, got train={self.train!r}; set train='last_moe_layer'."
+            )
+        if self.readout_members > 1 and self.router_aux_loss_coef:
+            raise ValueError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef} would balance the routers of the first member "
+                "only; with `readout_members` above 1 leave it unset or set it to 0."
             )
 
     @property

@@ -9,18 +9,20 @@ that measured.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
 
 from .objectives import Objective, evaluate_objective, routing_relevance
+from .table import IGNORED_LABEL
 from .training_args import MoECalArguments
 
 
 class Measurement(NamedTuple):
-    """Per-example figures of one micro-batch, each of shape `[n]`, float64 and detached."""
+    """Per-example figures of one micro-batch, each of shape `[n, M]` for M members, float64 and detached."""
 
     losses: Tensor
     regret: Tensor
@@ -64,7 +66,7 @@ class Window:
         self.balances: list[Tensor] = []
         self.frontier: RandomState | None = None
         self.coefficients: list[Tensor] | None = None
-        self.losses: Tensor | None = None  # of all processes
+        self.losses: Tensor | None = None  # of all processes, [N, M]
         self.summary: BatchSummary | None = None
         self.share = 0.0
         """1/N: what a mean over the examples of the whole optimizer batch gives each of them."""
@@ -82,8 +84,8 @@ class Window:
         """What to back-propagate of the current micro-batch; over the window the values add up to F, and the rest.
 
         Args:
-            losses (`Tensor` of shape `[n]`): with gradient.
-            alone (`Tensor` of shape `[n]`, *optional*): the experts' own losses, outside the tilt.
+            losses (`Tensor` of shape `[n, M]`): of each member of a committee (M is 1 without one), with gradient.
+            alone (`Tensor` of shape `[n, M]`, *optional*): the experts' own losses, outside the tilt.
             balance (`Tensor`, *optional*): the routers' load-balancing loss, with its weight.
         """
         if self.coefficients is None:
@@ -101,15 +103,24 @@ class Window:
         Raises:
             ValueError: a loss is NaN or infinite, or nothing in the whole batch has a label.
         """
-        args = self.args
         own = torch.stack([torch.cat(column) for column in zip(*self.measured, strict=True)], dim=1)
         rows, start = gather_rows(own, self.accelerator)
         if len(rows) == 0:
             raise ValueError(
                 "No example of this optimizer batch has a label (all are -100); check the labels of the dataset."
             )
+        results, summaries = zip(*map(self._weighed, rows.unbind(2)), strict=True)
+        coefficients = torch.stack([result.coefficients for result in results], dim=1)
+        self.share = 1 / len(rows)
+        self.coefficients = list(coefficients[start : start + len(own)].split([len(m.losses) for m in self.measured]))
+        self.losses = rows[:, 0]
+        self.summary = _joint(summaries)
+        self._constant = self.summary.objective - (coefficients * self.losses).sum().item()
+
+    def _weighed(self, rows: Tensor) -> tuple[Objective, BatchSummary]:
+        """The objective over one member's measurements `[N, 3]` of the whole optimizer batch."""
         losses, regret, disagreement = rows.unbind(1)
-        relevant = None
+        args, relevant = self.args, None
         if args.objective == "robust_filtered":
             relevant = routing_relevance(
                 regret,
@@ -126,18 +137,13 @@ class Window:
             eta=self.eta,
             detach_weights=args.detach_weights,
         )
-        self.share = 1 / len(rows)
-        counts = [len(m.losses) for m in self.measured]
-        self.coefficients = list(result.coefficients[start : start + len(own)].split(counts))
-        self.losses = losses
-        self.summary = _summarise(result, losses, relevant, regret, disagreement)
-        self._constant = result.value - (result.coefficients * losses).sum().item()
+        return result, _summarise(result, losses, relevant, regret, disagreement)
 
     def weigh_equally(self, counts: list[int]) -> None:
         """Gives each of the batch's examples the coefficient 1/N: what a mean needs, with no first pass."""
         own = torch.tensor(counts, dtype=torch.float64, device=self.accelerator.device)
         self.share = 1 / self.accelerator.gather(own.sum()[None]).sum().clamp(min=1).item()
-        self.coefficients = [torch.full((count,), self.share, dtype=own.dtype, device=own.device) for count in counts]
+        self.coefficients = [torch.full((n, 1), self.share, dtype=own.dtype, device=own.device) for n in counts]
 
     def _sum(self, weights: Tensor, losses: Tensor, alone: Tensor | None, balance: Tensor | None) -> Tensor:
         total = (weights.to(losses.dtype) * losses).sum()
@@ -171,6 +177,43 @@ def _summarise(
         disagreement=disagreement.mean().item(),
         regret=regret.mean().item(),
     )
+
+
+def _joint(summaries: tuple[BatchSummary, ...]) -> BatchSummary:
+    """Of a committee: the sum of the members' objectives, which have no parameter in common, and means of the rest."""
+    means = BatchSummary(*(sum(column) / len(summaries) for column in zip(*summaries, strict=True)))
+    return means._replace(objective=sum(summary.objective for summary in summaries))
+
+
+def without_repeats(batches: list, accelerator: Accelerator) -> list:
+    """Takes the labels off the rows that a data loader repeats at its end to give every process as many.
+
+    Rows without label are no examples of the objective; their tokens still run, and count in the load of the routers.
+
+    Args:
+        batches (`list`): micro-batches that were just taken from the active data loader, the last one last.
+        accelerator (`Accelerator`): that prepared the loader.
+    """
+    loader = accelerator.gradient_state.active_dataloader
+    if accelerator.num_processes == 1 or not batches or not getattr(loader, "end_of_dataloader", False):
+        return batches
+    size = loader.total_batch_size // accelerator.num_processes
+    if isinstance(loader, DataLoaderDispatcher):
+        size, rows = len(batches[-1]["labels"]), loader.remainder
+    else:
+        rows = _sampled(loader) % loader.total_batch_size or loader.total_batch_size
+    own = max(rows - accelerator.process_index * size, 0)
+    labels = batches[-1]["labels"].clone()
+    labels[own:] = IGNORED_LABEL
+    return [*batches[:-1], {**batches[-1], "labels": labels}]
+
+
+def _sampled(loader: Any) -> int:
+    """Rows of an epoch, over all processes."""
+    sampler = loader.batch_sampler
+    while hasattr(sampler, "batch_sampler"):
+        sampler = sampler.batch_sampler
+    return len(sampler.sampler)
 
 
 def gather_rows(own: Tensor, accelerator: Accelerator) -> tuple[Tensor, int]:
