@@ -45,6 +45,10 @@ class EncodedChoice(NamedTuple):
     lengths: list[float]
     label: int
 
+    def after(self, cut: int) -> EncodedChoice:
+        """What is left without the first tokens of each option's sequence."""
+        return self._replace(options=[Continued(ids[cut:], start - cut) for ids, start in self.options])
+
 
 class ChoiceCollator:
     """Makes batches of multiple-choice examples for `MoECalArguments(task="choice")`.
@@ -91,7 +95,10 @@ class ChoiceCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Tensors of a batch: `input_ids` and `attention_mask` `[B, O, L]`, or `[B, L]` for label words."""
-        examples = self.encode(rows)
+        return self.batch(self.encode(rows))
+
+    def batch(self, examples: Sequence[EncodedChoice]) -> dict[str, Tensor]:
+        """The same for examples that are tokens already."""
         labels = torch.tensor([example.label for example in examples])
         if self.scoring == "label_word":
             prompts = [example.options[0].ids[: example.options[0].start] for example in examples]

@@ -19,6 +19,24 @@ One row per example. A producer fills the columns that it has; a consumer asks f
 | `expert_ids` | int [k] | selected experts, in the router's order |
 | `expert_weights` | float [k] | their routing weights w_k |
 | `expert_logits` | float [k, C] | what each would have predicted alone |
+
+Of answer options (C of them; those that a row lacks have probability zero) `disagreement` and the other figures of the
+routing are over the options where these are single label words. Whole options have many tokens: theirs are means over
+the tokens of the right one, each over the vocabulary (NaN without a label), and there is no `expert_...`.
+
+A language model's table has no distributions, and per sequence these columns instead, means over its supervised tokens
+as `MoECalTrainer` reports them:
+
+| column | per row | meaning |
+|---|---|---|
+| `confidence` | float | mean probability of the most likely token |
+| `correct` | float | share of the tokens that are the most likely ones; NaN where no token is supervised |
+| `nll`, `brier` | float | negative log-likelihood (nats) and Brier score over the vocabulary |
+| `sequence_confidence` | float | exp(-nll): the geometric mean of the probabilities that the tokens had |
+| `num_tokens` | int | supervised tokens |
+
+Per token it has `label` (the token that came), `prediction`, `confidence`, `nll`, `brier`, the routing figures,
+`expert_ids` and `expert_weights`, and its place: `sequence`, the id of the sequence, and `position`, the token's own.
 """
 
 from __future__ import annotations
@@ -35,11 +53,18 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     "id",
+    "sequence",
+    "position",
     "label",
     "logits",
     "probs",
     "prediction",
     "confidence",
+    "correct",
+    "nll",
+    "brier",
+    "sequence_confidence",
+    "num_tokens",
     "group",
     "routing_entropy",
     "routing_margin",

@@ -1,0 +1,179 @@
+"""Sequence classifiers: columns of the predictions table for a batch of token sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..objectives import check_labels
+from ..prefix_cache import PrefixCache
+from ..probes import RoutingRecord
+from ..probes.agreement import disagreement, regret
+from ..reading import Reading
+from ..readout import Readout
+from ..table import IGNORED_LABEL
+from ..tasks import pooled_positions, real_tokens, without_empty
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+class Tokenized(NamedTuple):
+    """One example in tokens."""
+
+    ids: list[int]
+    label: int
+    count = 1
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+
+class ClassifierReader:
+    """Reads a classifier's predictions and routing. A context manager: it leaves no hook; see [`predict`]."""
+
+    inputs = ("input_ids", "attention_mask", "token_type_ids", "labels")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None,
+        max_length: int | None,
+        text_column: str,
+        layer: int | None,
+        readout: Readout,
+        prefix: PrefixCache | None,
+    ) -> None:
+        self._model, self._tokenizer, self._max_length, self._text = model, tokenizer, max_length, text_column
+        self._layer, self._readout, self._prefix = layer, readout, prefix
+
+    def __enter__(self) -> ClassifierReader:
+        layer = -1 if self._layer is None else self._layer
+        self._reading = Reading(self._model, self._readout, probed=self._layer is not None, layer=layer)
+        self._reading.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._reading.__exit__(*exception)
+
+    @property
+    def readout(self) -> Readout:
+        """What predicts, also of how many members."""
+        return self._reading.readout
+
+    def encode(self, rows: Dataset) -> list[Tokenized]:
+        """The rows in tokens."""
+        tokens = tokenized(rows, self._tokenizer, self._text, self._max_length)
+        return [Tokenized(ids, label) for ids, label in zip(tokens, known_labels(rows), strict=True)]
+
+    def begin(self, examples: Sequence[Tokenized], *, progress: bool) -> None:
+        """What is done once for examples that are read in batches afterwards."""
+        if self._prefix is not None:
+            self._prefix.fill([example.ids for example in examples], progress=progress)
+
+    def read(self, examples: Sequence[Tokenized]) -> list[list[dict[str, Any]]]:
+        """One row of the table for each example."""
+        labels = torch.tensor([example.label for example in examples])
+        routing = None if self._layer is None else self._routing
+        found = _predict_batch(self._model, routing, self._prefix, [ids for ids, _ in examples], labels)
+        return [[{name: values[row] for name, values in found.items()}] for row in range(len(examples))]
+
+    def _routing(self, tokens: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Columns from the pooled tokens' flat indices, logits `[B, C]` and labels, of the last forward."""
+        if not self.readout.is_plain:
+            mixed = self._reading.mixed
+            return routing_columns(logits, labels, mixed.expert_log_probs, mixed.shares, mixed.expert_ids)
+        probe = self._reading.members[0].probe
+        record, alone = probe.record[tokens], probe.expert_logits(tokens)
+        columns = routing_columns(logits, labels, alone, record.shares, record.expert_ids)
+        return {**columns, "expert_weights": record.weights.float()}
+
+    def named(self, ids: list[Any], made: dict[str, list]) -> dict[str, list]:
+        """The rows' names."""
+        return {"id": ids}
+
+
+Routing = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
+
+
+def _predict_batch(
+    model: nn.Module,
+    routing: Routing | None,
+    prefix: PrefixCache | None,
+    sequences: list[list[int]],
+    labels: Tensor,
+) -> dict[str, list]:
+    """Columns of the predictions table for one batch of token sequences."""
+    device = next(model.parameters()).device
+    pad = model.config.get_text_config().pad_token_id
+    ids = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(sequence) for sequence in sequences], batch_first=True, padding_value=0 if pad is None else pad
+    ).to(device)
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+    mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
+    batch = {"input_ids": ids, "attention_mask": mask}
+    with nullcontext(batch) if prefix is None else prefix.replaying(batch) as batch:
+        logits = model(**batch)["logits"].float()
+        check_labels(labels[labels != IGNORED_LABEL], logits.shape[-1])
+        probs = logits.double().softmax(-1)
+        confidence, prediction = probs.max(-1)
+        found = {"label": labels, "logits": logits, "probs": probs, "prediction": prediction, "confidence": confidence}
+        if routing is not None:
+            short = batch["input_ids"]
+            pooled = torch.arange(len(short), device=device) * short.shape[1] + pooled_positions(short, pad)
+            found |= routing(pooled, logits, labels.to(device))
+    return {name: values.tolist() for name, values in found.items()}
+
+
+def routing_columns(logits: Tensor, labels: Tensor, alone: Tensor, shares: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    """What the table says about the experts `ids` `[B, k]`, which alone predict `[B, k, C]`."""
+    record = RoutingRecord(ids, shares, (len(ids), 1))
+    known = labels != IGNORED_LABEL
+    regrets = logits.new_full((len(labels),), float("nan"))
+    if known.any():
+        regrets[known] = regret(logits[known], alone[known], labels[known])
+    return {
+        "routing_entropy": record.entropy,
+        "routing_margin": record.margin,
+        "expert_logits": alone,
+        "disagreement": disagreement(logits, alone, shares),
+        "regret": regrets,
+        "expert_ids": ids,
+        "expert_weights": shares,
+    }
+
+
+def tokenized(dataset: Dataset, processing_class: Any, text_column: str, max_length: int | None) -> list[list[int]]:
+    """Token ids of every row, from `input_ids` or the text."""
+    if "input_ids" in dataset.column_names:
+        return [ids[:max_length] for ids in real_tokens(dataset)]
+    if text_column not in dataset.column_names:
+        raise ValueError(
+            f"The dataset has neither `input_ids` nor a column {text_column!r}, only {dataset.column_names}; name the "
+            "text column with text_column=."
+        )
+    if processing_class is None:
+        raise ValueError("Text needs a tokenizer: pass processing_class=AutoTokenizer.from_pretrained(...).")
+    encoded = processing_class(list(dataset[text_column]), truncation=max_length is not None, max_length=max_length)
+    return without_empty(encoded["input_ids"])
+
+
+def known_labels(dataset: Dataset) -> list[int]:
+    name = next((name for name in ("label", "labels") if name in dataset.column_names), None)
+    if name is None:
+        return [IGNORED_LABEL] * len(dataset)
+    labels = list(dataset[name])
+    wrong = next((label for label in labels if isinstance(label, bool) or not isinstance(label, int)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"Column {name!r} must hold integer classes, found {wrong!r}; use dataset.class_encode_column."
+        )
+    return labels
