@@ -17,6 +17,10 @@ from .probes.routing import upcast
 from .readout import Mixed, Mixture, Readout, alone, joined
 
 
+ATTACHED = "moecal_reading"
+"""Attribute of a loaded model that predicts by a readout for good: its [`Reading`]."""
+
+
 @dataclass(frozen=True)
 class Member:
     """One model of a committee, or the only one, and what watches it."""
@@ -58,6 +62,7 @@ class Reading:
         probed (`bool`, *optional*, defaults to `False`): whether the experts are asked with the native readout too.
         layer (`int`, *optional*, defaults to -1): which MoE layer is probed.
         rows (`bool`, *optional*, defaults to `False`): whether it is a language model, asked at chosen tokens.
+        training (`bool`, *optional*, defaults to `True`): whether forwards in training mode are read as well.
     """
 
     def __init__(
@@ -68,10 +73,12 @@ class Reading:
         probed: bool = False,
         layer: int = -1,
         rows: bool = False,
+        training: bool = True,
     ):
         self._model, self.readout = model, readout or Readout()
         self._probed, self._layer, self._rows = probed or self.readout.is_mixture, layer, rows
         self._pad = model.config.get_text_config().pad_token_id
+        self._training = training
         self._tokens: Tensor | None = None
         self._outputs: list[Any] = []
         self._quiet = False
@@ -117,6 +124,11 @@ class Reading:
             self._quiet = before
 
     @property
+    def is_quiet(self) -> bool:
+        """Whether a forward now is nobody's, such as a replay."""
+        return self._quiet or any(member.probe is not None and member.probe.is_paused for member in self.members)
+
+    @property
     def mixed(self) -> Mixed:
         """What a classifier's last prediction is made of, over all members."""
         return joined(self.parts)
@@ -151,11 +163,12 @@ class Reading:
         return torch.cat(found)
 
     def _read(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if self._quiet or any(member.probe is not None and member.probe.is_paused for member in self.members):
-            return output  # a replay
+        if self.is_quiet or (model.training and not self._training):
+            return output
         self._outputs = [] if self._shared is None else self._shared.run(args, kwargs)
         if self._rows:
-            output["members"] = [logits_of(given) for given in self._outputs]  # which DDP looks for in the output
+            if model.training:  # what DDP does not find in the output it takes for unused
+                output["members"] = [logits_of(given) for given in self._outputs]
             return output
         self.parts = [self._pooled(*pair) for pair in zip(self.members, self.outputs(output), strict=True)]
         output["logits"] = self.mixed.log_probs

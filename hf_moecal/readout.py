@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +102,23 @@ class Readout:
             raise ValueError(f"No readout is named {name!r}; names are like 'soft_mixture of 3, committee of 2'.")
         kind, experts, members = found.groups()
         return cls(kind, None if experts is None else int(experts), members=int(members or 1))
+
+    def record(self) -> dict[str, Any] | None:
+        """How `calibration.json` keeps it; nothing for what plain transformers predicts."""
+        return None if self.is_plain else {"kind": self.kind, "experts": self.experts, "members": self.members}
+
+    @classmethod
+    def from_record(cls, values: Mapping[str, Any] | None) -> Readout:
+        """What [`record`] gave.
+
+        Raises:
+            ValueError: an entry is missing, unknown or out of range.
+        """
+        if values is None:
+            return cls()
+        if set(values) != {"kind", "experts", "members"}:
+            raise ValueError(f"A readout has 'kind', 'experts' and 'members'; got {sorted(values)}.")
+        return cls(**values)
 
     @property
     def is_plain(self) -> bool:

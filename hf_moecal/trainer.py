@@ -23,10 +23,12 @@ from .committee import CONTAINER, add_members, count_members, member_names, save
 from .compatibility import check_arguments, check_datasets, check_distribution
 from .freezing import set_trainable, what_trains
 from .hub.checkpoint_files import write_training_record
+from .hub.readouts import record_readout
 from .judge import Judge
 from .lora import add_lora
 from .metrics import calibration_metrics
 from .probes import find_moe_layers
+from .readout import Readout
 from .streaming import choose_window
 from .training_args import MoECalArguments
 from .window import BatchSummary, RandomState, Window, average_summaries, without_repeats
@@ -155,8 +157,8 @@ class MoECalMixin:
 
     def _settings(self) -> dict[str, Any]:
         names = ("objective", "eta", "detach_weights", "robust_warmup_ratio", "train", "seed", "num_train_epochs")
-        if self.args.readout != "native":
-            names += ("readout", "readout_experts", "expert_loss_weight")
+        if self.args.readout != "native" or self.args.readout_members > 1:
+            names += ("readout", "readout_experts", "readout_members", "expert_loss_weight")
         base = getattr(self.model.config, "_name_or_path", None)
         return {name: getattr(self.args, name) for name in names} | ({"base_model": base} if base else {})
 
@@ -178,7 +180,9 @@ class MoECalMixin:
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            save_members(self.model, output_dir or self.args.output_dir)
+            folder, args = output_dir or self.args.output_dir, self.args
+            save_members(self.model, folder)
+            record_readout(folder, Readout(args.readout, args.readout_experts, members=args.readout_members))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -37,6 +37,8 @@ class CalibrationRecord:
         warnings: what the user should know about the fit.
         versions: of the libraries that wrote the file.
         baked: how the calibration became part of the weights (then it must not be applied again), or `None`.
+        readout: what predicts, where that is not the checkpoint's own logits: `kind`, `experts`, `members` (see
+            [`~hf_moecal.readout.Readout`]); the method's parameters are of its predictions.
     """
 
     method: str
@@ -48,6 +50,7 @@ class CalibrationRecord:
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     baked: dict[str, Any] | None = None
+    readout: dict[str, Any] | None = None
 
 
 def read_record(path: str | Path) -> CalibrationRecord:
@@ -234,4 +237,5 @@ _FIELDS = {
     "warnings": lambda value: isinstance(value, list) and all(map(_is_text, value)),
     "versions": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
     "baked": _is_figures,
+    "readout": _is_figures,
 }

@@ -138,6 +138,9 @@ class PerExpertTemperatureCalibrator(Calibrator):
     drawn towards the common one by how few they are. The result is `log sum_k r_k softmax(z_k / T_k)`, divided by an
     aggregate temperature: it replaces the model's own prediction by the mixture of its experts' predictions.
 
+    Fitted on the predictions of a mixture readout, whose table holds the experts that are mixed and their shares, it
+    is that mixture of calibrated experts, and a model that reads the mixture applies it in its forward.
+
     Source: Oksuz et al., "MoCaE: Mixture of Calibrated Experts", arXiv:2309.14976; the baseline of arXiv:2606.20544.
     """
 
@@ -165,10 +168,12 @@ class PerExpertTemperatureCalibrator(Calibrator):
         if sentence:
             self._warn(sentence)
 
+    def temperatures(self, count: int) -> tuple[float, ...]:
+        """One for each of `count` experts; the common one for those that served no row of the fit."""
+        return tuple(self.experts.get(expert, self.shared) for expert in range(count))
+
     def _mixture(self, logits: np.ndarray, shares: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        temperatures = np.array([self.experts.get(key, self.shared) for key in ids.ravel().tolist()]).reshape(
-            ids.shape
-        )
+        temperatures = np.array(self.temperatures(int(ids.max()) + 1))[ids]
         with np.errstate(divide="ignore"):
             weighted = np.log(shares)[..., None] + log_softmax(logits / temperatures[..., None])
         return np.logaddexp.reduce(weighted, axis=1)

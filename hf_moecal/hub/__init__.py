@@ -15,6 +15,10 @@ from hf_moecal.calibration.temperature import IdentityCalibrator, TemperatureCal
 from hf_moecal.hub.checkpoint_files import load_training_ids
 from hf_moecal.hub.loading import HUB_ARGUMENTS, load_model
 from hf_moecal.hub.publish import PublishError, push
+from hf_moecal.hub.readouts import attach_readout, load_committee, recorded_readout, with_calibration
+from hf_moecal.reading import ATTACHED
+from hf_moecal.readout import Readout
+from hf_moecal.table import columns, names
 
 
 __all__ = [
@@ -46,6 +50,7 @@ def write_calibration(
     after: Mapping[str, Any] | None = None,
     comparison: Sequence[Mapping[str, Any]] = (),
     warnings: Sequence[str] | None = None,
+    readout: Readout | None = None,
 ) -> Path:
     """Writes `calibration.json` beside the weights in `model_dir`; the weights stay as they are.
 
@@ -56,6 +61,7 @@ def write_calibration(
         before, after: figures of [`~hf_moecal.metrics.calibration_report`] on held-out rows without and with it.
         comparison: the methods that were compared, as `calibrate_table` gives them.
         warnings: what a user should know. Default: what the calibrator said when it was fitted.
+        readout: whose predictions the calibrator was fitted on. Default: the one that the folder says.
 
     Returns:
         The path of the file.
@@ -82,6 +88,7 @@ def write_calibration(
         comparison=[dict(entry) for entry in comparison],
         warnings=list(calibrator.warnings if warnings is None else warnings),
         versions=_versions(),
+        readout=(recorded_readout(model_dir) if readout is None else readout).record(),
     )
     return write_record(model_dir, record)
 
@@ -107,8 +114,10 @@ def calibrate(
         What was compared and chosen, with figures on held-out rows before and after.
 
     Raises:
-        ValueError: the table cannot be used, or holds rows that the checkpoint's record names as training data.
+        ValueError: the table cannot be used, holds rows that the checkpoint's record names as training data, or is of
+            a committee that the checkpoint is not.
     """
+    readout = _readout_of(table, model_dir)
     result = calibrate_table(table, method=method, folds=folds, seed=seed, training_ids=load_training_ids(model_dir))
     write_calibration(
         model_dir,
@@ -118,8 +127,23 @@ def calibrate(
         after=result.after,
         comparison=result.comparison,
         warnings=result.warnings,
+        readout=readout,
     )
     return result
+
+
+def _readout_of(table: Table, model_dir: str | Path) -> Readout:
+    """What a table's predictions are by; the checkpoint then is calibrated for that."""
+    found = set(columns(table, "readout")["readout"].tolist()) if "readout" in names(table) else {None}
+    if len(found) > 1:
+        raise ValueError(f"The table mixes predictions by {sorted(map(str, found))}; calibrate one readout at a time.")
+    readout, own = Readout.named(found.pop()), recorded_readout(model_dir)
+    if readout.members != own.members:
+        raise ValueError(
+            f"The table's predictions are by {readout.name or 'native'!r}, but the checkpoint is to be read by "
+            f"{own.name or 'native'!r}; predict with the checkpoint itself."
+        )
+    return readout
 
 
 def load_calibration(model_dir: str | Path, **hub: Any) -> Calibrator:
@@ -138,10 +162,13 @@ def load_calibration(model_dir: str | Path, **hub: Any) -> Calibrator:
 def from_pretrained(model_dir: str | Path, **kwargs: Any) -> PreTrainedModel:
     """A model that gives calibrated probabilities, in a `transformers` pipeline too.
 
-    In evaluation mode the model's logits are replaced: by logits / T for a temperature, by calibrated
-    log-probabilities for the other methods that need logits only (sequence classification). A loss that the model
-    computes from `labels` stays that of its own logits. A method that needs the routing works on the predictions
-    table: [`~hf_moecal.predict`] applies it. A temperature that is baked into the weights is left as it is.
+    In evaluation mode the model's logits are replaced: first by the log-probabilities of the readout that the
+    checkpoint was trained or calibrated for, if that is a mixture or a committee (with the temperatures of its
+    experts, where these were fitted; see [`~hf_moecal.hub.readouts.attach_readout`]); then by logits / T for a
+    temperature, by calibrated log-probabilities for the other methods that need logits only (sequence
+    classification). A loss that the model computes from `labels` is that of the readout before its calibration. A
+    method that needs the routing works on the predictions table: [`~hf_moecal.predict`] applies it. A temperature
+    that is baked into the weights is left as it is.
 
     Args:
         model_dir: folder or repository with a checkpoint and its `calibration.json`.
@@ -150,10 +177,16 @@ def from_pretrained(model_dir: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         ValueError: the checkpoint has no calibration, or a malformed one.
     """
-    record = _record_of(model_dir, {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
-    model = load_model(model_dir, **kwargs)
-    if record.baked is None:
-        attach_calibrator(model, from_record(record))
+    hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+    record = _record_of(model_dir, hub)
+    model, readout = load_model(model_dir, **kwargs), Readout.from_record(record.readout)
+    if record.baked is not None:
+        return model
+    load_committee(model, model_dir, readout, hub)
+    readout, calibrator = with_calibration(model, readout, from_record(record))
+    if not readout.is_plain:
+        attach_readout(model, readout)
+    attach_calibrator(model, calibrator)
     return model
 
 
@@ -172,8 +205,10 @@ def attach_calibrator(model: PreTrainedModel, calibrator: Calibrator) -> None:
         setattr(model, TABLE_CALIBRATOR, calibrator)
         return
 
+    reading = getattr(model, ATTACHED, None)
+
     def calibrate(module: torch.nn.Module, arguments: tuple, output: Any) -> Any:
-        if module.training:
+        if module.training or (reading is not None and reading.is_quiet):  # the readout's own forwards
             return output
         if not hasattr(output, "logits"):
             raise ValueError("A calibrated model returns named outputs; call it with return_dict=True.")

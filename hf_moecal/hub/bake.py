@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hf_moecal.calibration import TemperatureCalibrator, from_record, read_record, write_record
 from hf_moecal.hub.loading import ADAPTER_CONFIG, load_model
+from hf_moecal.readout import Readout
 
 
 if TYPE_CHECKING:
@@ -111,6 +112,12 @@ def bake(
 def _bakeable(model_dir: Path):
     record = read_record(model_dir)
     calibrator = from_record(record)  # refuses a second time
+    readout = Readout.from_record(record.readout)
+    if not readout.is_plain:
+        raise ValueError(
+            f"This checkpoint's calibration is of its readout {readout.name!r}, which no weights of one model give; "
+            "keep calibration.json beside the weights, or distill it into the native readout (`moecal distill`)."
+        )
     if not isinstance(calibrator, TemperatureCalibrator):
         raise ValueError(
             f"Method {record.method!r} cannot become part of the weights: only one temperature for all rows is a "

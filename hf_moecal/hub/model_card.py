@@ -43,6 +43,8 @@ def render_section(
         parts += ["### Training", _bullets(training)]
     if evaluation:
         parts += ["### Calibration per evaluation set", _sets_table(evaluation["sets"]), _LEGEND]
+    if record is not None and record.readout is not None:
+        parts += ["### Readout", *_readout(record.readout, repo_id)]
     parts += ["### Recalibration", *_recalibration(record, repo_id)]
     if figures:
         parts += ["### Reliability diagrams", *(f"![Reliability diagram]({path})" for path in figures)]
@@ -142,6 +144,24 @@ def _sets_table(sets: Mapping[str, Mapping[str, Any]]) -> str:
         cells.append(_number(figures.get("signed_gap"), "+.3f"))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _readout(readout: Mapping[str, Any], repo_id: str) -> list[str]:
+    experts, members = readout["experts"], readout["members"]
+    chosen = "all experts" if experts is None else f"the {experts} likeliest experts"
+    what = {
+        "native": "predicts by its own logits",
+        "mixture": "mixes the probabilities that the selected experts of its last mixture-of-experts layer give alone",
+        "soft_mixture": f"mixes the probabilities that {chosen} of its last mixture-of-experts layer give alone, with "
+        "the router's full distribution",
+    }[readout["kind"]]
+    if members > 1:
+        what += f", and is a committee of {members} last layers in equal shares (`members.safetensors`)"
+    return [
+        f"This model {what}. **The figures here are of that readout.** Plain transformers reads the native one of the "
+        "first member, for which they do not hold; this gives the model that was measured:",
+        f'```python\nimport hf_moecal\n\nmodel = hf_moecal.from_pretrained("{repo_id}")\n```',
+    ]
 
 
 def _recalibration(record: CalibrationRecord | None, repo_id: str) -> list[str]:

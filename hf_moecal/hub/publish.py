@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_moecal.calibration.record import FILE_NAME, read_json, read_record
+from hf_moecal.committee import MEMBERS_FILE
 from hf_moecal.hub.checkpoint_files import (
     EVALUATION_FILE,
     TRAINING_FILE,
@@ -22,6 +23,7 @@ from hf_moecal.hub.checkpoint_files import (
 )
 from hf_moecal.hub.loading import ADAPTER_CONFIG
 from hf_moecal.hub.model_card import eval_results, merge_card, render_section
+from hf_moecal.readout import Readout
 
 
 if TYPE_CHECKING:
@@ -124,7 +126,9 @@ def publishable(model_dir: Path) -> dict[str, Path]:
         if missing:
             raise ValueError(f"{name} names {missing[0]!r}, which is not in the folder; save the checkpoint again.")
     if FILE_NAME in found:
-        read_record(found[FILE_NAME])
+        readout = Readout.from_record(read_record(found[FILE_NAME]).readout)
+        if readout.members > 1 and MEMBERS_FILE not in found:
+            raise ValueError(f"{FILE_NAME} says {readout.name!r}, but {MEMBERS_FILE} is not in the folder.")
     if ADAPTER_CONFIG in found:
         base = read_json(found[ADAPTER_CONFIG]).get("base_model_name_or_path") or ""
         if Path(base).is_dir():
