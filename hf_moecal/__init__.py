@@ -24,6 +24,7 @@ _PUBLIC = {
     "training_args": ("MoECalArguments",),
     "trainer": ("MoECalMixin", "MoECalTrainer"),
     "predictions": ("predict",),
+    "answers": ("predict_answers",),
     "metrics": ("calibration_metrics", "metric_path"),
     "calibration": ("TemperatureCalibrator",),
     "callback": ("MoECalCallback",),
