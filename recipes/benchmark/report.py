@@ -1,0 +1,261 @@
+"""benchmark.json becomes the tables of recipes/RESULTS.md and the figure of curves.
+
+python recipes/benchmark/report.py                  # prints Markdown, writes recipes/results/benchmark_curves.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+from benchmark.scoring import TEMPERATURES  # noqa: E402
+
+
+BASELINE = ("erm", "native", 1, "temperature")
+CELLS = ("in-domain", "in-domain hard", "shifted", "shifted hard")
+Key = tuple[str, str, int, str]
+"""Method, readout, members, calibrator."""
+
+
+class Figures:
+    """The rows by task, key and seed; the unseen sets of a task are averaged under "shifted"."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self._found: dict[tuple[str, Key, int], dict[str, list[dict[str, Any]]]] = {}
+        for row in rows:
+            key = (row["method"], row["readout"], row["members"], row["posthoc"])
+            where = "in-domain" if row["test"] == "in-domain" else "shifted"
+            cell = where if row["subset"] == "all" else f"{where} hard"
+            self._found.setdefault((row["task"], key, row["seed"]), {}).setdefault(cell, []).append(row)
+        self.tasks = list(dict.fromkeys(row["task"] for row in rows))
+        self.keys = list(dict.fromkeys(key for _, key, _ in self._found))
+
+    def seeds(self, task: str, key: Key) -> list[int]:
+        return sorted(seed for name, other, seed in self._found if (name, other) == (task, key))
+
+    def value(self, task: str, key: Key, seed: int, cell: str, figure: str) -> float:
+        """Mean of a figure over the sets of a cell; NaN where there is none."""
+        rows = self._found.get((task, key, seed), {}).get(cell, [])
+        return float(np.mean([row[figure] for row in rows])) if rows else float("nan")
+
+    def mean(self, task: str, key: Key, cell: str, figure: str) -> float:
+        seeds = self.seeds(task, key)
+        return float(np.mean([self.value(task, key, seed, cell, figure) for seed in seeds])) if seeds else float("nan")
+
+    def sets(self, task: str, key: Key) -> list[tuple[str, str]]:
+        first = self._found[task, key, self.seeds(task, key)[0]]
+        return list(dict.fromkeys((row["test"], row["subset"]) for rows in first.values() for row in rows))
+
+    def on_set(self, task: str, key: Key, test: str, subset: str, figure: str) -> float:
+        """Mean over the seeds on one set."""
+        rows = [
+            row for seed in self.seeds(task, key) for cell in self._found[task, key, seed].values() for row in cell
+        ]
+        return float(np.mean([row[figure] for row in rows if (row["test"], row["subset"]) == (test, subset)]))
+
+
+def verdicts(figures: Figures, keys: Iterable[Key]) -> list[list[str]]:
+    """Each method against ERM with a converged temperature, over all tasks that both ran on."""
+    return [verdict(figures, key) for key in keys if common_tasks(figures, key)]
+
+
+def common_tasks(figures: Figures, key: Key) -> list[str]:
+    return [task for task in figures.tasks if figures.seeds(task, key) and figures.seeds(task, BASELINE)]
+
+
+def verdict(figures: Figures, key: Key) -> list[str]:
+    """One line: means over the tasks of the ratios to the baseline, and of the difference in accuracy."""
+    tasks = common_tasks(figures, key)
+    on_sets = {
+        (task, *where): figures.on_set(task, key, *where, "nll") / figures.on_set(task, BASELINE, *where, "nll")
+        for task in tasks
+        for where in figures.sets(task, key)
+    }
+
+    def ratio(figure: str, cell: str) -> str:
+        found = [figures.mean(task, key, cell, figure) / figures.mean(task, BASELINE, cell, figure) for task in tasks]
+        return f"{np.nanmean(found):.3f}"
+
+    accuracy = [figures.mean(t, key, "in-domain", "accuracy") for t in tasks]
+    gained = np.mean(accuracy) - np.mean([figures.mean(t, BASELINE, "in-domain", "accuracy") for t in tasks])
+    good = sum(value <= 1 for value in on_sets.values())
+    return [
+        *(name_of(key), str(len(tasks)), f"{100 * gained:+.1f}"),
+        *(ratio("nll", cell) for cell in CELLS),
+        *(f"{good} of {len(on_sets)}", f"{max(on_sets.values()):.3f}"),
+        *(ratio("ece", cell) for cell in CELLS[2:]),
+    ]
+
+
+VERDICT_HEAD = (
+    "method", "tasks", "accuracy, points", *(f"NLL {cell}" for cell in CELLS), "sets at or below 1", "worst set",
+    "ECE shifted", "ECE shifted hard",
+)  # fmt: skip
+
+
+def per_task(figures: Figures, keys: Sequence[Key], task: str) -> list[list[str]]:
+    """Accuracy, ECE and NLL in each cell, means over the seeds; the difference in NLL to the baseline is paired."""
+    lines = []
+    for key in keys:
+        if not figures.seeds(task, key):
+            continue
+        line = [name_of(key), str(len(figures.seeds(task, key)))]
+        for cell in CELLS:
+            shown = [figures.mean(task, key, cell, figure) for figure in ("accuracy", "ece", "nll")]
+            line.append("" if np.isnan(shown[0]) else " / ".join(f"{value:.3f}".lstrip("0") for value in shown))
+        lines.append([*line, paired(figures, task, key, "shifted", "nll")])
+    return lines
+
+
+TASK_HEAD = ("method", "seeds", *CELLS, "shifted NLL - baseline's")
+
+
+def paired(figures: Figures, task: str, key: Key, cell: str, figure: str) -> str:
+    """Mean difference to the baseline over the seeds, with its 95 % t-interval."""
+    from scipy import stats
+
+    seeds = sorted(set(figures.seeds(task, key)) & set(figures.seeds(task, BASELINE)))
+    found = [figures.value(task, key, s, cell, figure) - figures.value(task, BASELINE, s, cell, figure) for s in seeds]
+    if len(found) < 2:
+        return f"{found[0]:+.3f}" if found else ""
+    half = stats.t.ppf(0.975, len(found) - 1) * np.std(found, ddof=1) / np.sqrt(len(found))
+    return f"{np.mean(found):+.3f} ± {half:.3f}"
+
+
+def equal_in_domain(curves: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Hard and shifted NLL at the temperature where each method is as good in-domain as ERM at its best, as ratios.
+
+    The temperature is the largest at which the method's in-domain NLL is not above ERM's lowest; a method that never
+    gets there has none. ERM itself is at its best temperature.
+    """
+    runs = {(c["task"], c["method"], c["readout"], c["members"], c["seed"]): c["nll"] for c in curves}
+    lines, kinds = [], dict.fromkeys(key[1:4] for key in runs)
+    for method, readout, members in kinds:
+        ratios: dict[str, list[float]] = {cell: [] for cell in CELLS[1:]}
+        count = reached = 0
+        for (task, *kind, seed), own in runs.items():
+            base = runs.get((task, "erm", "native", 1, seed))
+            if tuple(kind) != (method, readout, members) or base is None:
+                continue
+            count += 1
+            best = int(np.argmin(base["in-domain/all"]))
+            places = np.flatnonzero(np.array(own["in-domain/all"]) <= base["in-domain/all"][best] * (1 + 1e-6))
+            if not len(places):
+                continue
+            reached += 1
+            for cell in ratios:
+                sets = [s for s in own if _cell(s) == cell]
+                if sets:
+                    ratios[cell].append(
+                        np.mean([own[s][places[-1]] for s in sets]) / np.mean([base[s][best] for s in sets])
+                    )
+        shown = [f"{np.mean(values):.3f}" if values else "" for values in ratios.values()]
+        lines.append([name_of((method, readout, members, "")), f"{reached} of {count}", *shown])
+    return lines
+
+
+EQUAL_HEAD = ("method", "runs that get there", *(f"NLL {cell}" for cell in CELLS[1:]))
+
+
+def _cell(name: str) -> str:
+    test, subset = name.rsplit("/", 1)
+    where = "in-domain" if test == "in-domain" else "shifted"
+    return where if subset == "all" else f"{where} hard"
+
+
+def draw_curves(curves: Sequence[dict[str, Any]], path: Path, shown: Sequence[tuple[str, str, int]]) -> None:
+    """Every method as its curve over temperature: in-domain NLL against shifted and hard NLL, as ratios to ERM's best.
+
+    Means over tasks and seeds of the ratios; a dot marks temperature 1.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    base = {
+        (c["task"], c["seed"]): c["nll"]
+        for c in curves
+        if (c["method"], c["readout"], c["members"]) == ("erm", "native", 1)
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), sharex=True)
+    for kind in shown:
+        own = [
+            c for c in curves if (c["method"], c["readout"], c["members"]) == kind and (c["task"], c["seed"]) in base
+        ]
+        if not own:
+            continue
+        lines = {cell: [] for cell in CELLS}
+        for run in own:
+            reference = base[run["task"], run["seed"]]
+            best = int(np.argmin(reference["in-domain/all"]))
+            for cell in CELLS:
+                sets = [s for s in run["nll"] if _cell(s) == cell]
+                if sets:
+                    lines[cell].append(
+                        np.mean([run["nll"][s] for s in sets], 0) / np.mean([reference[s][best] for s in sets])
+                    )
+        means = {cell: np.mean(values, 0) for cell, values in lines.items()}
+        one = int(np.argmin(abs(TEMPERATURES - 1)))
+        for axis, cell in zip(axes, CELLS[1:], strict=True):
+            (line,) = axis.plot(means["in-domain"], means[cell], label=name_of((*kind, "")), lw=1.5)
+            axis.plot(means["in-domain"][one], means[cell][one], "o", color=line.get_color(), ms=5)
+    for axis, cell in zip(axes, CELLS[1:], strict=True):
+        axis.set(
+            xlim=(0.96, 1.25),
+            ylim=(0.78 if "hard" in cell else 0.88, 1.2),
+            xlabel="in-domain NLL / ERM at its best",
+            title=f"{cell}: NLL / ERM's there",
+        )
+        axis.axhline(1, color="0.8", lw=0.8, zorder=0)
+        axis.axvline(1, color="0.8", lw=0.8, zorder=0)
+    axes[0].legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def name_of(key: Key) -> str:
+    method, readout, members, posthoc = key
+    parts = [
+        method,
+        *(["soft mixture"] if readout == "soft_mixture" else []),
+        *([f"committee of {members}"] if members > 1 else []),
+    ]
+    return ", ".join(parts) + (f" + {posthoc}" if posthoc not in ("", "none") else "")
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=ROOT / "recipes" / "results")
+    options = parser.parse_args()
+    figures = Figures(json.loads((options.results / "benchmark.json").read_text()))
+    curves = json.loads((options.results / "benchmark_curves.json").read_text())
+    ordered = sorted(figures.keys, key=lambda key: (key[2], key[1], key[3] != "none"))
+    print("### Against ERM + converged temperature\n\n" + markdown(VERDICT_HEAD, verdicts(figures, ordered)))
+    print("\n### At ERM's in-domain NLL\n\n" + markdown(EQUAL_HEAD, equal_in_domain(curves)))
+    for task in figures.tasks:
+        print(f"\n### {task}\n\n" + markdown(TASK_HEAD, per_task(figures, ordered, task)))
+    draw_curves(
+        curves,
+        options.results / "benchmark_curves.png",
+        list(dict.fromkeys((c["method"], c["readout"], c["members"]) for c in curves)),
+    )
+
+
+if __name__ == "__main__":
+    main()
