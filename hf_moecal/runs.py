@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 
+from .choice import ChoiceCollator
+from .hub.readouts import load_committee, recorded_readout
 from .predictions import predict
+from .predictions.supervised import collate_supervised, encode_supervised
 from .prefix_cache import PrefixCache
-from .probes import hard_routing
+from .reading import ATTACHED
 from .recipe import Recipe, expand, load_set
 from .trainer import MoECalTrainer
 from .training_args import MoECalArguments
@@ -56,18 +61,37 @@ def load_classifier(
     return model, tokenizer
 
 
+def load_language_model(
+    path: str, *, seed: int = 0, dtype: str = "float32"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer; `seed` is that of what follows."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    set_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(path, **_precision(path, dtype))
+    return model, AutoTokenizer.from_pretrained(path)
+
+
 def _precision(path: str, dtype: str) -> dict[str, Any]:
     """Arguments of `from_pretrained` that give plain weights, also where the checkpoint stores them quantized."""
     from transformers import AutoConfig
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    stored = getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
+    stored = getattr(AutoConfig.from_pretrained(_whole(path)), "quantization_config", None)
     if stored is None:
         return {"dtype": dtype}
     kind = AUTO_QUANTIZATION_CONFIG_MAPPING[stored["quant_method"]]
     if "dequantize" not in inspect.signature(kind.__init__).parameters:
         return {"dtype": dtype}
     return {"dtype": dtype, "quantization_config": kind.from_dict({**stored, "dequantize": True})}
+
+
+def _whole(path: str) -> str:
+    """Where the whole model is: the checkpoint of an adapter names it."""
+    from transformers.utils import find_adapter_config_file
+
+    adapter = find_adapter_config_file(path)
+    return path if adapter is None else json.loads(Path(adapter).read_text())["base_model_name_or_path"]
 
 
 def train_recipe(recipe: Recipe, *, overrides: Sequence[str] = (), resume: bool = False) -> MoECalTrainer:
@@ -89,9 +113,14 @@ def train_recipe(recipe: Recipe, *, overrides: Sequence[str] = (), resume: bool 
     arguments = parse_arguments(recipe, overrides)
     sets = {"train": recipe.train, **({"validation": recipe.validation} if recipe.validation else {})}
     sets |= recipe.groups if arguments.eval_strategy != "no" else {}
+    recipe = replace(recipe, arguments={**recipe.arguments, "task": arguments.task})
     loaded = {name: load_set(name, spec, recipe) for name, spec in sets.items()}
-    classes = 1 + max(max(dataset["label"]) for dataset in loaded.values())
-    model, tokenizer = load_classifier(recipe.model, classes, seed=arguments.seed, dtype=recipe.dtype)
+    precise = {"seed": arguments.seed, "dtype": recipe.dtype}
+    if arguments.task == "classification":
+        classes = 1 + max(max(dataset["label"]) for dataset in loaded.values())
+        model, tokenizer = load_classifier(recipe.model, classes, **precise)
+    else:
+        model, tokenizer = load_language_model(recipe.model, **precise)
     encoded = {name: _encode(dataset, tokenizer, recipe) for name, dataset in loaded.items()}
     trainer = MoECalTrainer(
         model=model,
@@ -99,6 +128,7 @@ def train_recipe(recipe: Recipe, *, overrides: Sequence[str] = (), resume: bool 
         train_dataset=encoded.pop("train"),
         eval_dataset=encoded or None,
         processing_class=tokenizer,
+        data_collator=_collator(recipe, tokenizer),
     )
     _keep_trained_exact(trainer)
     trainer.train(resume_from_checkpoint=_last_checkpoint(arguments) if resume else None)
@@ -130,6 +160,8 @@ def predict_recipe(
     hard_top_k: int | None = None,
     readout: str | None = None,
     readout_experts: int | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
 ) -> Dataset:
     """The predictions table of a model on the recipe's sets; the column `group` names the set.
 
@@ -139,62 +171,115 @@ def predict_recipe(
         sets (`Sequence[str]`, *optional*): names among the groups, `"train"` and `"validation"`; all groups if unset.
         batch_size (`int`): sequences per forward.
         hard_top_k (`int`, *optional*): predict under [`~hf_moecal.hard_routing`] with this many experts per token.
-        readout (`str`, *optional*): what predicts, see [`~hf_moecal.readout.Readout`]; the recipe's if unset.
+        readout (`str`, *optional*): what predicts, see [`~hf_moecal.readout.Readout`]; if unset what the
+            checkpoint's `calibration.json` names, else the recipe's.
         readout_experts (`int`, *optional*): with `readout="soft_mixture"`, mix only so many.
+        output, resume: as in [`predict`].
 
     Raises:
-        ValueError: the recipe has no such set, or none.
+        ValueError: the recipe has no such set, or none, or the sets have columns of one name and different types.
     """
-    from datasets import concatenate_datasets
+    wanted = _wanted_sets(recipe, sets)
+    settings = recipe.arguments
+    if readout is None and isinstance(model, str) and recorded_readout(model).is_mixture:
+        readout, readout_experts = recorded_readout(model).kind, recorded_readout(model).experts
+    elif readout is None and not hasattr(model, ATTACHED):
+        readout = settings.get("readout", "native")
+        readout_experts = settings.get("readout_experts") if readout_experts is None else readout_experts
+    dataset = _together({name: load_set(name, spec, recipe) for name, spec in wanted.items()}, recipe)
+    model, tokenizer = _loaded(recipe, model)
+    cached = nullcontext()
+    if settings.get("prefix_cache") is not None and hard_top_k is None:  # hard routing changes earlier layers too
+        model.requires_grad_(False)
+        cached = PrefixCache(model, expand(settings["prefix_cache"]), dtype=settings.get("prefix_cache_dtype"))
+    with cached as prefix:
+        return predict(
+            model,
+            dataset,
+            task=recipe.task,
+            processing_class=tokenizer,
+            text_column=recipe.text,
+            batch_size=batch_size,
+            max_length=recipe.max_length,
+            scoring=recipe.scoring,
+            example=settings.get("example", "sequence"),
+            layer=settings.get("probe_layer", -1),
+            readout=readout,
+            readout_experts=readout_experts,
+            hard_top_k=hard_top_k,
+            prefix=prefix,
+            output=output,
+            resume=resume,
+        )
 
+
+def _wanted_sets(recipe: Recipe, sets: Sequence[str] | None) -> dict[str, dict[str, Any]]:
     known = {"train": recipe.train, "validation": recipe.validation, **recipe.groups}
     known = {name: spec for name, spec in known.items() if spec is not None}
     wanted = list(recipe.groups) if sets is None else list(sets)
     missing = [name for name in wanted if name not in known]
     if missing or not wanted:
         raise ValueError(f"The recipe has no set {missing or 'at all'}; it has {list(known)}.")
-    if isinstance(model, str):
-        model, tokenizer = load_classifier(model, dtype=recipe.dtype)
-        model.to(PartialState().device)
-    else:
+    return {name: known[name] for name in wanted}
+
+
+def _together(sets: Mapping[str, Dataset], recipe: Recipe) -> Dataset:
+    """One dataset of all sets, whose column `group` names the set of each row."""
+    from datasets import Value, concatenate_datasets
+
+    grouped = []
+    for name, dataset in sets.items():
+        kept = dataset.remove_columns([column for column in ("group",) if column in dataset.column_names])
+        if "label" in recipe.columns and dataset.features["label"] != Value("int64"):
+            kept = kept.cast_column("label", Value("int64"))
+        grouped.append(kept.add_column("group", [name] * len(kept)))
+    try:
+        return concatenate_datasets(grouped)
+    except ValueError as error:
+        raise ValueError(
+            f"The sets {', '.join(sets)} have columns of one name and different types, so they make no one table; "
+            f"predict them one by one with --sets. ({error})"
+        ) from error
+
+
+def _loaded(recipe: Recipe, model: str | PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not isinstance(model, str):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-    settings = recipe.arguments
-    if readout is None:
-        readout = settings.get("readout", "native")
-        readout_experts = settings.get("readout_experts") if readout_experts is None else readout_experts
-    cached = nullcontext()
-    if settings.get("prefix_cache") is not None and hard_top_k is None:  # hard routing changes earlier layers too
-        model.requires_grad_(False)
-        cached = PrefixCache(model, expand(settings["prefix_cache"]), dtype=settings.get("prefix_cache_dtype"))
-    hard = nullcontext() if hard_top_k is None else hard_routing(model, top_k=hard_top_k)
-    with cached as prefix, hard:
-        tables = [
-            predict(
-                model,
-                load_set(name, known[name], recipe),
-                processing_class=tokenizer,
-                text_column=recipe.text,
-                group=name,
-                batch_size=batch_size,
-                max_length=recipe.max_length,
-                layer=settings.get("probe_layer", -1),
-                readout=readout,
-                readout_experts=readout_experts,
-                prefix=prefix,
-            )
-            for name in wanted
-        ]
-    return concatenate_datasets(tables)
+        return model, AutoTokenizer.from_pretrained(recipe.model)
+    load = load_classifier if recipe.task == "classification" else load_language_model
+    loaded, tokenizer = load(model, dtype=recipe.dtype)
+    load_committee(loaded, model, recorded_readout(model), {})
+    return loaded.to(PartialState().device), tokenizer
 
 
 def _encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:
+    """What the collator needs of a set: tokens, or of a choice the texts."""
+    from datasets import Dataset
+
+    kept = dataset.select_columns([*recipe.columns, *({"id"} & set(dataset.column_names))])
+    if recipe.task == "choice":
+        return kept
+    texts = [name for name in recipe.columns if name != "label"]
+
     def encode(batch: dict[str, list]) -> dict[str, list]:
         return tokenizer(batch[recipe.text], truncation=recipe.max_length is not None, max_length=recipe.max_length)
 
-    kept = dataset.select_columns([recipe.text, "label", *({"id"} & set(dataset.column_names))])
-    return kept.map(encode, batched=True, remove_columns=[recipe.text], desc="tokenize")
+    def supervise(batch: dict[str, list]) -> dict[str, list]:
+        rows = encode_supervised(
+            Dataset.from_dict(dict(batch)), tokenizer, text_column=recipe.text, max_length=recipe.max_length
+        )
+        return {"input_ids": [row.ids for row in rows], "labels": [row.labels for row in rows]}
+
+    function = encode if recipe.task == "classification" else supervise
+    return kept.map(function, batched=True, remove_columns=texts, desc="tokenize")
+
+
+def _collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any] | None:
+    """What makes batches; Trainer's own for a classifier."""
+    if recipe.task == "choice":
+        return ChoiceCollator(tokenizer, scoring=recipe.scoring, max_length=recipe.max_length)
+    return collate_supervised if recipe.task == "lm" else None
 
 
 def _last_checkpoint(arguments: MoECalArguments) -> str | None:

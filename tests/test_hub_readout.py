@@ -176,3 +176,17 @@ def test_malformed_readouts_are_refused(tmp_path):
     (tmp_path / "calibration.json").write_text(text.replace('"members"', '"member"'))
     with pytest.raises(ValueError, match="'kind', 'experts' and 'members'"):
         recorded_readout(tmp_path)
+
+
+def test_predict_reads_a_loaded_model_by_what_it_was_loaded_for(tmp_path):
+    _, data = rows_and_data()
+    model = committee()
+    folder = saved(model, tmp_path, Readout("soft_mixture", members=3))
+    expected = predict(model, data, readout="soft_mixture", progress=False)
+    loaded = from_pretrained(folder)
+    found = predict(loaded, data, progress=False)
+    assert found.column_names == expected.column_names and found["readout"][:] == expected["readout"][:]
+    for name in ("probs", "expert_logits", "disagreement", "regret"):
+        np.testing.assert_allclose(found[name][:], expected[name][:], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="was loaded to predict by 'soft_mixture, committee of 3'"):
+        predict(loaded, data, readout="native", progress=False)

@@ -18,6 +18,7 @@ from ..committee import count_members
 from ..prefix_cache import PrefixCache, fingerprint
 from ..probes import hard_routing
 from ..probes.certify import evaluating
+from ..reading import ATTACHED
 from ..readout import Readout
 from ..table import COLUMNS, read_table
 from ..training_args import TASKS
@@ -48,7 +49,7 @@ def predict(
     scoring: str = SCORINGS[0],
     example: str = "sequence",
     layer: int | None = -1,
-    readout: str = "native",
+    readout: str | None = None,
     readout_experts: int | None = None,
     hard_top_k: int | None = None,
     prefix: PrefixCache | None = None,
@@ -86,7 +87,8 @@ def predict(
             `"sequence"` or per supervised `"token"`.
         layer (`int`, *optional*, defaults to -1): MoE layer whose routing is recorded; `None` records none, and
             works for dense models too.
-        readout (`str`, *optional*, defaults to `"native"`): what predicts, see [`~hf_moecal.readout.Readout`]. Of a
+        readout (`str`, *optional*): what predicts, see [`~hf_moecal.readout.Readout`]; unset it is `"native"`, or what
+            a classifier loaded by [`~hf_moecal.from_pretrained`] predicts by. Of a
             mixture the table's experts are those that are mixed, with their shares as `expert_weights`, and a
             column `readout` names it.
         readout_experts (`int`, *optional*): with `readout="soft_mixture"`, mix only so many.
@@ -122,7 +124,7 @@ def predict(
     """
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: there is nothing to predict. Check how it was filtered.")
-    wanted = Readout(readout, readout_experts, members=count_members(model))
+    wanted = _readout(model, task, readout, readout_experts)
     _check(model, task, example, wanted, layer, hard_top_k, prefix, output, resume)
     given = {"tokenizer": processing_class, "max_length": max_length, "text_column": text_column}
     watched = {"layer": layer, "readout": wanted, "prefix": prefix}
@@ -252,6 +254,18 @@ def _dataset(tables: Sequence[Table]) -> Dataset:
 
     whole = [table for table in tables if len(table)] or tables[:1]
     return Dataset(InMemoryTable(pa.concat_tables(whole)))
+
+
+def _readout(model: nn.Module, task: str, kind: str | None, experts: int | None) -> Readout:
+    attached = getattr(model, ATTACHED, None)
+    if attached is None:
+        return Readout(kind or "native", experts, members=count_members(model))
+    if kind is not None or task != "classification":
+        raise ValueError(
+            f"The model was loaded to predict by {attached.readout.name!r}; leave `readout` unset for that (another "
+            "readout, or a language model: load the checkpoint with transformers and name the readout)."
+        )
+    return attached.readout
 
 
 def _check(

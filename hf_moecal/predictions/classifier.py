@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from ..objectives import check_labels
 from ..prefix_cache import PrefixCache
 from ..probes import RoutingRecord
 from ..probes.agreement import disagreement, regret
-from ..reading import Reading
+from ..reading import ATTACHED, Reading
 from ..readout import Readout
 from ..table import IGNORED_LABEL
 from ..tasks import pooled_positions, real_tokens, without_empty
@@ -57,12 +57,14 @@ class ClassifierReader:
 
     def __enter__(self) -> ClassifierReader:
         layer = -1 if self._layer is None else self._layer
-        self._reading = Reading(self._model, self._readout, probed=self._layer is not None, layer=layer)
-        self._reading.__enter__()
+        own = Reading(self._model, self._readout, probed=self._layer is not None, layer=layer)
+        attached = getattr(self._model, ATTACHED, None)
+        self._exit = ExitStack()
+        self._reading = self._exit.enter_context(own) if attached is None else attached
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._reading.__exit__(*exception)
+        self._exit.close()
 
     @property
     def readout(self) -> Readout:
