@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--output", required=True, help="Parquet file to write")
     predict.add_argument("--batch-size", type=int, default=32)
     predict.add_argument("--hard-routing", type=int, metavar="K", help="keep only the K strongest experts per token")
+    predict.add_argument("--resume", action="store_true", help="go on where a run that was killed stopped")
     predict.add_argument("--readout", help="native, mixture or soft_mixture (default: the recipe's)")
     predict.add_argument("--readout-experts", type=int, metavar="K", help="experts of a soft mixture (default: all)")
 
@@ -75,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("table", nargs="?", help="predictions table: .parquet, .jsonl or .csv")
     evaluate.add_argument("--lm-eval-samples", metavar="FILE", help="a --log_samples file of lm-evaluation-harness")
     evaluate.add_argument("--group", default="group", help="column that names the group (default: group)")
+    evaluate.add_argument("--confidence", metavar="COLUMN", help="judge this confidence, with --correct")
+    evaluate.add_argument("--correct", metavar="COLUMN", help="column that says whether, or how far, a row is right")
     evaluate.add_argument("--bins", type=int, default=15)
     evaluate.add_argument("--json", action="store_true", help="print every figure as JSON")
 
@@ -154,6 +157,8 @@ def _plan(options: Options) -> None:
 
 
 def _predict(options: Options) -> None:
+    from accelerate import PartialState
+
     from .recipe import load_recipe
     from .runs import predict_recipe
 
@@ -166,9 +171,10 @@ def _predict(options: Options) -> None:
         hard_top_k=options.hard_routing,
         readout=options.readout,
         readout_experts=options.readout_experts,
+        output=options.output,
+        resume=options.resume,
     )
-    table.to_parquet(options.output)
-    print(f"{len(table):,} rows, {len(table.column_names)} columns: {options.output}")
+    PartialState().print(f"{len(table):,} rows, {len(table.column_names)} columns: {options.output}")
 
 
 def _evaluate(options: Options) -> None:
@@ -184,7 +190,7 @@ def _evaluate(options: Options) -> None:
         table = read_lm_eval_samples(options.lm_eval_samples)
     else:
         table = read_table(options.table)
-    table = _grouped_by(table, options.group)
+    table = _judged_by(_grouped_by(table, options.group), options.confidence, options.correct)
     if options.json:
         print(json.dumps(table_report(table, bins=options.bins), indent=1))
     else:
@@ -199,6 +205,20 @@ def _grouped_by(table: Dataset, column: str) -> Dataset:
         raise ValueError(f"the table has no column {column!r}; it has {table.column_names}.")
     kept = table.remove_columns("group") if "group" in table.column_names else table
     return kept.rename_column(column, "group")
+
+
+def _judged_by(table: Dataset, confidence: str | None, correct: str | None) -> Dataset:
+    """The table with the named columns as its `confidence` and `correct`, without what else could be judged."""
+    if confidence is None and correct is None:
+        return table
+    named = {"confidence": confidence or "confidence", "correct": correct or "correct"}
+    missing = [name for name in named.values() if name not in table.column_names]
+    if missing:
+        raise ValueError(f"the table has no column {missing[0]!r}; it has {table.column_names}.")
+    judged = table.select_columns(["group"])
+    for name, column in named.items():
+        judged = judged.add_column(name, [float("nan") if value is None else value for value in table[column]])
+    return judged
 
 
 def _calibrate(options: Options) -> None:

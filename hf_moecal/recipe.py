@@ -19,6 +19,22 @@ Where the label is a score, `threshold: 0.5` beside `label: toxicity` makes the 
 `where` keeps the rows that meet every condition: `column: value`, `column: [one, of, these]`, or a comparison,
 `column: {">=": 0.5}` with `>=`, `>`, `<=`, `<` or `!=`; a missing value meets `!=` only.
 
+With `task: choice` a row has a prompt, options and the index of the right one; with `task: lm` a prompt and its
+completion, or only a text:
+
+```yaml
+task: choice
+scoring: label_word                           # see ChoiceCollator; per_token if unset
+data:
+  prompt: "Question: {question}\nAnswer: "    # a column, or a text with columns in braces
+  options: choices.text                       # a column, perhaps inside another; or for all rows [" no", " yes"]
+  label: answer
+---
+task: lm
+example: token                                # what one example is; sequence if unset
+data: {prompt: question, completion: " {answer}"}
+```
+
 `${NAME}` in a path is an environment variable; `MOECAL_CACHE` falls back to the folder where the data scripts write.
 """
 
@@ -29,21 +45,23 @@ import difflib
 import operator
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from .choice import SCORINGS
 from .table import FILE_KINDS
-from .training_args import MoECalArguments
+from .training_args import TASKS, MoECalArguments
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_COLUMN_KEYS = ("text", "label", "threshold")
+_COLUMN_KEYS = ("text", "label", "threshold", "prompt", "options", "completion")
 _SET_KEYS = ("path", "name", "split", "where", "revision", *_COLUMN_KEYS)
 _DATA_KEYS = (*_COLUMN_KEYS, "max_length", "train", "validation")
 _DTYPES = ("float32", "bfloat16")
@@ -59,6 +77,9 @@ class Recipe:
         train, validation (`dict`, *optional*): where these sets come from; see [`load_set`].
         groups (`dict[str, dict]`): evaluation sets by name.
         text, label (`str`): columns.
+        prompt, completion (`str`): columns, or texts with columns in braces.
+        options (`str` or `list[str]`): a column, or the options of all rows.
+        scoring (`str`): how options are scored, see [`ChoiceCollator`].
         threshold (`float`, *optional*): score of the label column from which on the class is 1; classes if unset.
         max_length (`int`, *optional*): tokens after which a text is cut.
         dtype (`str`): precision in which the model's weights are loaded.
@@ -72,9 +93,27 @@ class Recipe:
     text: str = "text"
     label: str = "label"
     threshold: float | None = None
+    prompt: str = "prompt"
+    options: str | list[str] = "options"
+    completion: str | None = None
+    scoring: str = SCORINGS[0]
     max_length: int | None = None
     dtype: str = "float32"
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def task(self) -> str:
+        """What is trained and predicted: one of [`TASKS`]."""
+        return self.arguments.get("task", TASKS[0])
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the task reads, in the sets as [`load_set`] gives them."""
+        if self.task == "choice":
+            return ("prompt", "options", "label")
+        if self.task == "lm":
+            return (self.text,) if self.completion is None else ("prompt", "completion")
+        return (self.text, "label")
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -93,12 +132,15 @@ def load_recipe(path: str | Path) -> Recipe:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be a mapping of keys to values, got {type(content).__name__}.")
     fields = [f.name for f in dataclasses.fields(MoECalArguments) if f.init]
-    _check_keys(path.name, content, ("model", "dtype", "data", "groups", *fields))
+    _check_keys(path.name, content, ("model", "dtype", "scoring", "data", "groups", *fields))
     if not isinstance(content.get("model"), str):
         raise ValueError(f"{path.name} has no `model`; give a Hub id or a folder.")
     dtype = content.get("dtype", _DTYPES[0])
     if dtype not in _DTYPES:
         raise ValueError(f"{path.name}: `dtype` must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    scoring = content.get("scoring", SCORINGS[0])
+    if scoring not in SCORINGS:
+        raise ValueError(f"{path.name}: `scoring` must be one of {', '.join(SCORINGS)}, got {scoring!r}.")
     data = content.get("data") or {}
     _check_keys(f"{path.name}: data", data, _DATA_KEYS)
     groups = content.get("groups") or {}
@@ -108,6 +150,7 @@ def load_recipe(path: str | Path) -> Recipe:
     return Recipe(
         model=expand(content["model"]),
         dtype=dtype,
+        scoring=scoring,
         groups={str(name): spec for name, spec in groups.items()},
         arguments={key: value for key, value in content.items() if key in fields},
         **data,
@@ -115,38 +158,98 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def load_set(name: str, spec: Mapping[str, Any], recipe: Recipe) -> Dataset:
-    """Loads one set, with its text in the column `recipe.text` and its classes in the column `label`.
+    """Loads one set, with what the task reads in the columns `recipe.columns`; all others are kept.
 
     Args:
         name (`str`): of the set, for messages.
-        spec (`Mapping`): `path` (a Hub id or a file), `name`, `split`, `revision`, `where`, and `text`, `label` and
-            `threshold` where they differ from the recipe's.
-        recipe ([`Recipe`]): names the columns.
+        spec (`Mapping`): `path` (a Hub id or a file), `name`, `split`, `revision`, `where`, and `text`, `label` and so
+            on where they differ from the recipe's.
+        recipe ([`Recipe`]): names the task and the columns.
 
     Raises:
-        ValueError: the set cannot be loaded, is empty, lacks a column, or has rows without a score to compare.
+        ValueError: the set cannot be loaded, is empty, lacks a column, or has rows without a text, a label or a score
+            to compare.
     """
     dataset = _where(name, _load(name, spec), spec.get("where") or {})
     if len(dataset) == 0:
         raise ValueError(f"Set {name!r} is empty: no row of {spec['path']!r} has {dict(spec.get('where') or {})}.")
-    text, label, threshold = (spec.get(key, getattr(recipe, key)) for key in _COLUMN_KEYS)
-    for column in (text, label):
+    own = {key: spec.get(key, getattr(recipe, key)) for key in _COLUMN_KEYS}
+    if recipe.task == "classification":
+        _check_columns(name, dataset, [own["text"], own["label"]])
+        _check_texts(name, dataset, own["text"])
+        dataset = _labelled(name, dataset, own)
+        return dataset if own["text"] == recipe.text else dataset.rename_column(own["text"], recipe.text)
+    for column in recipe.columns:
+        key = "text" if column == recipe.text else column
+        if column != "label":
+            dataset = _with_column(dataset, column, _values(name, dataset, own[key]))
+    if recipe.task == "choice":
+        _check_columns(name, dataset, [own["label"]])
+        dataset = _with_column(dataset, "label", _indices(name, dataset, own["label"]))
+    return dataset
+
+
+def _labelled(name: str, dataset: Dataset, own: Mapping[str, Any]) -> Dataset:
+    if own["threshold"] is not None:
+        return _classes(name, dataset, own["label"], float(own["threshold"]))
+    return dataset if own["label"] == "label" else dataset.rename_column(own["label"], "label")
+
+
+def _check_columns(name: str, dataset: Dataset, wanted: Sequence[str]) -> None:
+    for column in wanted:
         if column not in dataset.column_names:
             raise ValueError(
-                f"Set {name!r} has no column {column!r}, only {dataset.column_names}; name the columns with `text:` "
-                "and `label:` under `data:` or in the set."
+                f"Set {name!r} has no column {column!r}, only {dataset.column_names}; name the columns (`text:`, "
+                "`label:`, `prompt:` and so on) under `data:` or in the set."
             )
-    empty = sum(value is None for value in dataset[text][:])
+
+
+def _check_texts(name: str, dataset: Dataset, column: str) -> None:
+    empty = sum(value is None for value in dataset[column][:])
     if empty:
         raise ValueError(
-            f"Set {name!r}: {empty} of {len(dataset)} rows have no text in {text!r}; leave them out with "
-            f'`where: {{{text}: {{"!=": null}}}}`.'
+            f"Set {name!r}: {empty} of {len(dataset)} rows have no text in {column!r}; leave them out with "
+            f'`where: {{{column}: {{"!=": null}}}}`.'
         )
-    if threshold is not None:
-        dataset = _classes(name, dataset, label, float(threshold))
-    elif label != "label":
-        dataset = dataset.rename_column(label, "label")
-    return dataset if text == recipe.text else dataset.rename_column(text, recipe.text)
+
+
+def _values(name: str, dataset: Dataset, source: str | list[str]) -> list[Any]:
+    """A column, also one inside another; or the same list, or a text with columns in braces, for every row."""
+    if isinstance(source, list):
+        return [list(map(str, source))] * len(dataset)
+    if "{" in source:
+        used = sorted({field.split(".")[0].split("[")[0] for _, field, _, _ in Formatter().parse(source) if field})
+        _check_columns(name, dataset, used)
+        for column in used:
+            _check_texts(name, dataset, column)
+        return [source.format(**row) for row in dataset.select_columns(used)]
+    if source in dataset.column_names:
+        _check_texts(name, dataset, source)
+        return dataset[source][:]
+    outer, *inner = source.split(".")
+    _check_columns(name, dataset, [outer if inner else source])
+    values = dataset[outer][:]
+    for key in inner:
+        if not all(isinstance(value, Mapping) and key in value for value in values):
+            raise ValueError(f"Set {name!r}: column {outer!r} has no {key!r} in every row, got {values[0]!r}.")
+        values = [value[key] for value in values]
+    return values
+
+
+def _indices(name: str, dataset: Dataset, column: str) -> list[int]:
+    labels = dataset[column][:]
+    wrong = next((x for x in labels if not isinstance(x, int) and not (isinstance(x, str) and x.isdecimal())), None)
+    if wrong is not None:
+        raise ValueError(
+            f"Set {name!r}: the label of a choice is an index into its options (0 for the first), found {wrong!r} in "
+            f"{column!r}; map it to one beforehand."
+        )
+    return list(map(int, labels))
+
+
+def _with_column(dataset: Dataset, column: str, values: list[Any]) -> Dataset:
+    kept = dataset.remove_columns(column) if column in dataset.column_names else dataset
+    return kept.add_column(column, values)
 
 
 def _load(name: str, spec: Mapping[str, Any]) -> Dataset:

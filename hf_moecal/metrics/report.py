@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ def calibration_report(
     confidence: Any = None,
     correct: Any = None,
     predictions: Any = None,
+    nll: Any = None,
+    brier: Any = None,
     groups: Any = None,
     group_names: Any = None,
     intersections: bool = False,
@@ -45,6 +48,7 @@ def calibration_report(
             `probs`. It goes with `correct`, or with `labels` and `predictions`.
         correct (`[N]`): 0 or 1, or the fraction of raters who agree.
         predictions (`[N]`): predicted class, to compare with `labels`.
+        nll, brier (`[N]`): with `confidence`, scores of each row that were computed where the whole distribution was.
         groups (`[N]`, or a mapping of such columns): name of each row's group.
         group_names (`list`, or a mapping of lists): the groups that exist, see [`CalibrationAccumulator`].
         intersections (`bool`): also every combination of two group columns.
@@ -85,6 +89,8 @@ def calibration_report(
         confidence=confidence,
         correct=correct,
         predictions=predictions,
+        nll=nll,
+        brier=brier,
         groups=groups,
     )
     return accumulator.report(bins=bins, strategy=strategy, bootstrap=bootstrap, seed=seed, ranked=ranked)
@@ -141,7 +147,8 @@ def table_report(
         **options: further arguments of [`calibration_report`], such as `bins` or `mode`.
 
     Returns:
-        `dict`: as [`calibration_report`]. From `probs`, else from `logits`, else from `confidence` and `prediction`.
+        `dict`: as [`calibration_report`]. From `probs`, else from `logits`, else from `confidence` with `correct` or
+        `prediction`; see [`table_scores`].
 
     Raises:
         ValueError: the table lacks a column, or holds a value that is not usable.
@@ -156,18 +163,49 @@ def table_report(
 
     ```
     """
+    given, kept = table_scores(table)
+    grouped = column_groups(table, groups, routing, routing_bins)
+    grouped = None if grouped is None else {name: list(compress(values, kept)) for name, values in grouped.items()}
+    if grouped and list(grouped) == ["group"]:
+        grouped = grouped["group"]
+    report = calibration_report(**given, groups=grouped, **options)
+    return {**report, "n_ignored": report["n_ignored"] + int(len(kept) - kept.sum())}
+
+
+def table_scores(table: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What [`calibration_report`] is given of a predictions table, and the mask of the rows that this is about.
+
+    These are `probs`, else `logits`, with `label`; else `confidence` with `correct` (NaN where that is not known), or
+    with `prediction` and `label`, and with the `nll` and `brier` of each row where the table has both.
+
+    Raises:
+        ValueError: a column is missing, or for no row it is known whether the prediction is right.
+    """
     present = names(table)
     source = next((name for name in ("probs", "logits") if name in present), None)
     if source:
         read = columns(table, "label", source)
-        scores = {source: read[source]}
-    else:
-        read = columns(table, "label", "confidence", "prediction")
-        scores = {"confidence": read["confidence"], "predictions": read["prediction"]}
-    grouped = column_groups(table, groups, routing, routing_bins)
-    if grouped and list(grouped) == ["group"]:
-        grouped = grouped["group"]
-    return calibration_report(read["label"], **scores, groups=grouped, **options)
+        return {"labels": read["label"], source: read[source]}, np.ones(len(read["label"]), dtype=bool)
+    scores = row_scores(table)
+    wanted = ["correct"] if "correct" in present else ["prediction", "label"]
+    read = columns(table, "confidence", *wanted, *scores)
+    kept = np.ones(len(read["confidence"]), dtype=bool)
+    if "correct" in read:
+        correct = as_array("correct", read["correct"])
+        kept = ~np.isnan(correct) if correct.dtype.kind == "f" else kept
+        if not kept.any():
+            raise ValueError(
+                "For no row of the table it is known whether it is `correct`: there is nothing to measure."
+            )
+        read = {name: values[kept] for name, values in read.items()}
+    called = {"prediction": "predictions", "label": "labels"}
+    return {called.get(name, name): values for name, values in read.items()}, kept
+
+
+def row_scores(table: Any) -> list[str]:
+    """The columns with scores of each row's whole distribution: both, or none (one alone may be of something else)."""
+    both = ["nll", "brier"]
+    return both if set(both) <= set(names(table)) else []
 
 
 def metric_path(name: str = "ece") -> str:

@@ -27,6 +27,8 @@ def reduce_batch(
     confidence: Any = None,
     correct: Any = None,
     predictions: Any = None,
+    nll: Any = None,
+    brier: Any = None,
     mode: str = "top_label",
 ) -> tuple[Rows, np.ndarray]:
     """One batch as [`Rows`], and the mask of the examples that had a label (the others are left out).
@@ -42,8 +44,9 @@ def reduce_batch(
             f"give exactly one of probs, logits and confidence, got {', '.join(given) or 'none of them'}."
         )
     if given == ["confidence"]:
-        return _from_confidence(labels, confidence, correct, predictions, mode)
-    extra = [name for name, value in (("correct", correct), ("predictions", predictions)) if value is not None]
+        return _with_scores(*_from_confidence(labels, confidence, correct, predictions, mode), nll, brier)
+    only = {"correct": correct, "predictions": predictions, "nll": nll, "brier": brier}
+    extra = [name for name, value in only.items() if value is not None]
     if extra:
         raise ValueError(f"{extra[0]} goes with confidence, not with {given[0]}; give labels instead.")
     if labels is None:
@@ -185,6 +188,22 @@ def _from_confidence(
     references = read_labels(labels, n=n, classes=None, what="confidence")
     kept = references != IGNORED_LABEL
     return keep(_confidence_rows(confidence, winner == references), kept), kept
+
+
+def _with_scores(rows: Rows, kept: np.ndarray, nll: Any, brier: Any) -> tuple[Rows, np.ndarray]:
+    """The rows with the scores that whoever had the whole distribution computed from it."""
+    given = {"nll": nll, "brier": brier}
+    for name, value in given.items():
+        if value is None:
+            continue
+        scores = as_array(name, value)
+        check_length(name, scores, len(kept), "confidence")
+        scores = scores[kept].astype(np.float64)
+        if not (scores >= 0).all():  # NaN too
+            row = int(np.flatnonzero(kept)[np.flatnonzero(~(scores >= 0))[0]])
+            raise ValueError(f"{name} must be numbers of 0 or more, but row {row} holds {value[row]}.")
+        rows = rows._replace(**{name: scores})
+    return rows, kept
 
 
 def _confidence_rows(confidence: np.ndarray, event: np.ndarray) -> Rows:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,10 +30,14 @@ from .memory import GIB, Counts, Memory, activation_memory, count_parameters, lo
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from peft import PeftModel
     from transformers import PreTrainedModel
 
     from ..training_args import MoECalArguments
+
+
+_USUAL_OPTIONS = 4  # of a multiple-choice question whose set is not at hand
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Batch:
 
     Attributes:
         per_device, accumulation, devices (`int`): the batch and how it is split.
+        sequences (`int`): sequences that the model reads for one example: the most options that a row has, where whole
+            options are scored.
         examples (`int`): their product; the objective is a function of that many losses.
         extra_forwards (`int`): forwards without gradient that a robust step takes beyond those of plain training.
         steps, robust_steps (`int`, *optional*): steps in all, and those after the warm-up; `None` where the number of
@@ -54,6 +60,7 @@ class Batch:
     extra_forwards: int
     steps: int | None
     robust_steps: int | None
+    sequences: int = 1
 
     @property
     def examples(self) -> int:
@@ -110,7 +117,7 @@ class Plan:
             (
                 "batch",
                 f"{batch.per_device} x {batch.accumulation} accumulated x {batch.devices} devices = {batch.examples} "
-                "examples, over all of which the objective is taken",
+                f"examples, over all of which the objective is taken{self._options()}",
             ),
             ("steps", _steps(batch)),
             ("memory", "GiB on the fullest device, an estimate"),
@@ -118,6 +125,9 @@ class Plan:
         shown = [f"{name:<10}{text}" for name, text in told]
         shown += [f"  {name:<14}{size / GIB:8.2f}" for name, size in memory.items()]
         return [*shown, f"  {'total':<14}{self.memory.total / GIB:8.2f}"]
+
+    def _options(self) -> str:
+        return f"; each of up to {self.batch.sequences} options" if self.batch.sequences > 1 else ""
 
     def _experts(self) -> str:
         if self.unsupported is not None:
@@ -153,12 +163,14 @@ def make_plan(
 
     launch = launch or Launch()
     args = parse_arguments(recipe, [*overrides, "--use_cpu", "True"])  # bf16 is refused where no GPU is at hand
+    recipe = replace(recipe, arguments={**recipe.arguments, "task": args.task})
     if recipe.max_length is None:
         raise ValueError("The recipe has no `max_length` under `data:`, so the length of a batch is unknown; add it.")
     launch = _with_precision(launch, args)
     loaded = getattr(torch, recipe.dtype).itemsize
     computes = 2 if launch.precision != "no" and launch.sharding not in ("none", "ddp") else loaded
-    positions = args.per_device_train_batch_size * _judged(args, judged or recipe.max_length)
+    sequences = _sequences(recipe, args)
+    positions = args.per_device_train_batch_size * sequences * _judged(recipe, args, judged or recipe.max_length)
     cached = args.prefix_cache is not None  # then the judged tokens alone run through what trains
     with FakeTensorMode():
         model = _build(recipe, args)
@@ -169,7 +181,7 @@ def make_plan(
         weights = weights_of(model, layers, itemsize=loaded)
         activations = activation_memory(
             model,
-            batch=positions if cached else args.per_device_train_batch_size,
+            batch=positions if cached else args.per_device_train_batch_size * sequences,
             length=1 if cached else recipe.max_length,
             checkpointing=bool(args.gradient_checkpointing) or launch.checkpointing,
             itemsize=computes,
@@ -185,7 +197,10 @@ def make_plan(
         layers=layers,
         unsupported=unsupported,
         launch=launch,
-        batch=plan_batch(args, devices=launch.processes, rows=_rows(recipe) if rows is None else rows),
+        batch=replace(
+            plan_batch(args, devices=launch.processes, rows=_rows(recipe) if rows is None else rows),
+            sequences=sequences,
+        ),
         memory=Memory(**{**asdict(states), "activations": activations, "logits": logits}),
     )
 
@@ -266,12 +281,30 @@ def _with_precision(launch: Launch, args: MoECalArguments) -> Launch:
     return Launch(**{**asdict(launch), "precision": own})
 
 
-def _judged(args: MoECalArguments, positions: int) -> int:
-    return 1 if args.task == "classification" else positions
+def _judged(recipe: Recipe, args: MoECalArguments, positions: int) -> int:
+    words = args.task == "choice" and recipe.scoring == "label_word"
+    return 1 if args.task == "classification" or words else positions
+
+
+def _sequences(recipe: Recipe, args: MoECalArguments) -> int:
+    """Sequences of one example: options that are scored whole, as many as a local file has, or as is usual."""
+    if args.task != "choice" or recipe.scoring == "label_word":
+        return 1
+    options = (recipe.train or {}).get("options", recipe.options)
+    if isinstance(options, list):
+        return len(options)
+    local = _local_train(recipe)
+    return _USUAL_OPTIONS if local is None else max(map(len, local["options"]))
 
 
 def _rows(recipe: Recipe) -> int | None:
-    """Training rows of a local file; a set on the Hub is not downloaded."""
+    """Training rows of a local file."""
+    local = _local_train(recipe)
+    return None if local is None else len(local)
+
+
+def _local_train(recipe: Recipe) -> Dataset | None:
+    """The training set if it is a local file; one on the Hub is not downloaded."""
     from pathlib import Path
 
     from ..recipe import expand
@@ -279,7 +312,7 @@ def _rows(recipe: Recipe) -> int | None:
     spec = recipe.train or {}
     path = expand(spec.get("path", ""))
     local = Path(path).suffix in FILE_KINDS and Path(path).is_file()
-    return len(load_set("train", spec, recipe)) if local else None
+    return load_set("train", spec, recipe) if local else None
 
 
 __all__ = ["Batch", "Launch", "Plan", "make_plan", "plan_batch", "read_launch"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,3 +95,8 @@ def pad_supervised(examples: Sequence[Supervised]) -> dict[str, Tensor]:
     }
     return {name: pad_sequence([torch.tensor(row) for row in values], batch_first=True, padding_value=fill)
             for name, (values, fill) in columns.items()}  # fmt: skip
+
+
+def collate_supervised(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """A batch of rows with `input_ids` and `labels`, for a Trainer."""
+    return pad_supervised([Supervised(list(row["input_ids"]), list(row["labels"])) for row in rows])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..metrics import calibration_report, reliability_bins
+from ..metrics.report import row_scores, table_scores
 from ..table import IGNORED_LABEL, columns, names
 
 
@@ -23,16 +24,21 @@ def outcomes(table: Table, *more: str) -> dict[str, np.ndarray]:
     """Confidence and correctness of the labelled rows, with their probabilities where the table has them.
 
     Args:
-        table: predictions table with `label` and `probs`, or with `label`, `prediction` and `confidence`.
+        table: predictions table with `label` and `probs`; or with `confidence` and `correct`, or `label` and
+            `prediction`.
         more: further columns to carry along.
 
     Returns:
-        `label`, `confidence`, `correct`, `row` (position in the table) [n], `probs` [n, C] if present, and `more`.
+        `confidence`, `correct`, `row` (position in the table) [n]; `label` [n], `probs` [n, C], `nll` and `brier` [n]
+        as far as they are there; and `more`.
 
     Raises:
         ValueError: a needed column is missing, or no row has a label.
     """
-    wanted = ("probs",) if "probs" in names(table) else ("confidence", "prediction")
+    present = names(table)
+    if "probs" not in present and "correct" in present:
+        return _judged_outcomes(table, *more)
+    wanted = ("probs",) if "probs" in present else ("confidence", "prediction", *row_scores(table))
     found = columns(table, "label", *wanted, *more)
     row = np.flatnonzero(found["label"] != IGNORED_LABEL)
     if not len(row):
@@ -45,6 +51,13 @@ def outcomes(table: Table, *more: str) -> dict[str, np.ndarray]:
     return {**found, "correct": found["prediction"] == found["label"], "row": row}
 
 
+def _judged_outcomes(table: Table, *more: str) -> dict[str, np.ndarray]:
+    """The same of a table that says itself what is right, perhaps in part."""
+    _, kept = table_scores(table)
+    found = columns(table, "confidence", "correct", *row_scores(table), *more)
+    return {**{name: values[kept] for name, values in found.items()}, "row": np.flatnonzero(kept)}
+
+
 def select(found: Mapping[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarray]:
     """The rows of `found` where `mask` holds."""
     return {name: values[mask] for name, values in found.items()}
@@ -52,7 +65,7 @@ def select(found: Mapping[str, np.ndarray], mask: np.ndarray) -> dict[str, np.nd
 
 def scores(found: Mapping[str, np.ndarray], *, bins: int = 15, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
     """[`~hf_moecal.metrics.calibration_report`] of what [`outcomes`] returned, as plain numbers."""
-    given = ("probs",) if "probs" in found else ("confidence", "correct")
+    given = ("probs",) if "probs" in found else ("confidence", "correct", *({"nll", "brier"} & set(found)))
     report = calibration_report(
         found["label"] if "probs" in found else None,
         **{name: found[name] for name in given},

@@ -121,7 +121,7 @@ def fragile(table: Table, *, examples: int = 10) -> list[dict[str, Any]]:
         name for name in (*_FRAGILE[1:], *_SHOWN, "group", "expert_ids", "expert_weights") if name in names(table)
     ]
     found = outcomes(table, *extra)
-    wrong = select(found, ~found["correct"])
+    wrong = select(found, found["correct"] < 1)
     used = [name for name in _FRAGILE if name in wrong]
     rank = np.mean([np.argsort(np.argsort(wrong[name])) for name in used], axis=0)
     order = np.argsort(-rank, kind="stable")[:examples]
