@@ -1,4 +1,7 @@
-"""Loads a checkpoint's weights whole, also where Trainer leaves mixture-of-experts tensors as they are.
+"""Finds the checkpoints that are complete, and loads their weights whole, also where Trainer leaves some as they are.
+
+A process can be killed while it writes a checkpoint. Trainer writes `trainer_state.json` last, so a checkpoint is
+complete if that file can be read.
 
 Checkpoints on disk hold one tensor per expert, models in memory one fused tensor for all. Trainer's resume and
 best-model loading match names without that conversion and skip what does not match; `from_pretrained` converts.
@@ -10,9 +13,49 @@ import json
 from pathlib import Path
 
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .committee import CONTAINER, MEMBERS_FILE, count_members, load_members
+
+
+_CHECKPOINTS = f"{PREFIX_CHECKPOINT_DIR}-*[0-9]"
+
+
+def checkpoint_to_resume(asked: str | Path | bool, output_dir: str | Path) -> str:
+    """The complete checkpoint from which training resumes.
+
+    Args:
+        asked (`str`, `Path` or `True`): a checkpoint folder, or `True` for the newest complete one in `output_dir`.
+        output_dir (`str` or `Path`): of the run.
+
+    Raises:
+        ValueError: the checkpoint that is asked for, or every one in `output_dir`, is missing or was cut short.
+    """
+    found = {int(path.name.rpartition("-")[2]): str(path) for path in Path(output_dir).glob(_CHECKPOINTS)}
+    complete = [path for _, path in sorted(found.items()) if _is_complete(path)]
+    if asked is True:
+        if not complete:
+            raise ValueError(
+                f"{str(output_dir)!r} holds no complete checkpoint to resume from; start anew with "
+                "resume_from_checkpoint=None."
+            )
+        return complete[-1]
+    if not _is_complete(asked):
+        others = f"resume from {complete[-1]!r}" if complete else "start anew with resume_from_checkpoint=None"
+        raise ValueError(
+            f"Checkpoint {str(asked)!r} has no readable {TRAINER_STATE_NAME}, which is written last: it is no "
+            f"checkpoint, or its writing was interrupted; {others}."
+        )
+    return str(asked)
+
+
+def _is_complete(checkpoint: str | Path) -> bool:
+    try:
+        return isinstance(json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text()), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def restore_weights(model: nn.Module, checkpoint: str | Path) -> bool:

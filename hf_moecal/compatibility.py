@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import IterableDatasetShard
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from .training_args import MoECalArguments
@@ -61,11 +65,38 @@ def check_distribution(trainer: Trainer) -> None:
         )
     if trainer.args.readout != "native" or trainer.args.readout_members > 1:
         _check_mixture(trainer)
-    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
-    if parallelism is not None and (parallelism.cp_enabled or getattr(parallelism, "sp_enabled", False)):
+    sizes = {"Tensor": trainer.get_tp_size(), "Context": trainer.get_cp_size(), "Sequence": trainer.get_sp_size()}
+    for kind, size in sizes.items():
+        if size > 1:
+            raise ValueError(
+                f"{kind} parallelism lets {size} processes share one example, which the objective would not count "
+                "rightly; use data parallelism (DDP, FSDP2 or ZeRO)."
+            )
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
         raise ValueError(
-            "Context or sequence parallelism splits a sequence over processes, which the objective does not support; "
-            "use data parallelism (DDP, FSDP2 or ZeRO)."
+            "The model was sharded as it was loaded (`distributed_config`), where its experts cannot be consulted; "
+            "load it whole and let accelerate shard it (fsdp=True)."
+        )
+    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+        raise ValueError("FSDP1 hides the weights that experts are consulted with; set `fsdp_version: 2`.")
+
+
+def check_loader(loader: Any, accelerator: Accelerator) -> None:
+    """Raises a `ValueError` where processes would get unequal numbers of micro-batches, or rows twice unnoticed."""
+    if accelerator.num_processes == 1:
+        return
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, IterableDatasetShard) and not dataset.drop_last:
+        raise ValueError(
+            "With accelerator_config={'dispatch_batches': False} an iterable dataset repeats rows at its end, and "
+            "which they are is unknown; set dataloader_drop_last=True, or leave `dispatch_batches` unset."
+        )
+    count = len(loader) if hasattr(loader, "__len__") and not isinstance(dataset, IterableDataset) else 0
+    counts = accelerator.gather(torch.tensor([count], device=accelerator.device)).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"The processes have {counts} micro-batches, so one would wait for ever; leave `even_batches` of "
+            "accelerator_config at True (the rows that it repeats do not count), or set dataloader_drop_last=True."
         )
 
 

@@ -150,9 +150,12 @@ class Judge:
         for number, (member, alone) in enumerate(zip(self._reading.members, self._alone, strict=True)):
             if "regret" in alone:
                 disagreement[:, number], regret[:, number] = alone["disagreement"], alone["regret"]
-            elif member.probe is not None and member.mixture is None and len(losses):
+            elif member.probe is not None and member.mixture is None:
                 with member.selecting(None):  # the probe calls the head on rows of its own choice
-                    disagreement[:, number], regret[:, number] = self._supervision.probed(member.probe)
+                    if len(losses):
+                        disagreement[:, number], regret[:, number] = self._supervision.probed(member.probe)
+                    else:
+                        member.probe.keep_step()
         return Measurement(losses.detach().double(), regret, disagreement)
 
     @torch.no_grad()
@@ -178,7 +181,16 @@ class Judge:
         return self._together(outputs, lambda part, logits: figures(logits, labels[part]))
 
     def _spread(self, **figures: Tensor) -> dict[str, Tensor]:
-        """Figures of the judged positions, laid out like the batch."""
+        """Figures of the judged positions, laid out like the batch.
+
+        Raises:
+            ValueError: a row holds several sequences, which nobody could tell apart any more.
+        """
+        if len(self._supervision.rows.unique()) > len((self._positions // self._shape[1]).unique()):
+            raise ValueError(
+                "Packed batches can be trained on, but not evaluated, since figures are kept per sequence; set "
+                "per_device_eval_batch_size=1 if the data collator packs, or evaluate on sequences not yet packed."
+            )
         spread = {}
         for name, values in figures.items():
             spread[name] = values.new_full(self._shape, IGNORED_LABEL)

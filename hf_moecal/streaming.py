@@ -143,8 +143,6 @@ def _obstacle(window: type[Window], accelerator: Accelerator) -> str | None:
     kind = accelerator.distributed_type
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
         return f"{kind.value} keeps the gradients to itself"
-    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        return "FSDP1 is not supported (`fsdp_version: 2` is)"
     if window is ScaledWindow and accelerator.mixed_precision == "fp16":
         return "weights before their division overflow in fp16 (bf16 is fine)"
     if window is HeldWindow and accelerator.gradient_state.plugin_kwargs.get("sync_each_batch"):

@@ -103,8 +103,10 @@ def pooled_positions(ids: Tensor, pad_token_id: int | None) -> Tensor:
 def supervise_lm(inputs: Mapping[str, Any], *, per_token: bool) -> Supervision:
     """Rows of a language-modelling batch: position s predicts the label at s + 1 wherever that is not -100.
 
+    In a packed batch a sequence begins wherever `position_ids` are 0, and none predicts the next one's first token.
+
     Args:
-        inputs (`Mapping`): `input_ids` and `labels`, both `[B, S]`.
+        inputs (`Mapping`): `input_ids` and `labels`, both `[B, S]`; `position_ids` of that shape if it is packed.
         per_token (`bool`): whether a token or a sequence (the mean over its supervised tokens) is one example.
 
     Raises:
@@ -116,15 +118,25 @@ def supervise_lm(inputs: Mapping[str, Any], *, per_token: bool) -> Supervision:
             f"Language modelling needs labels of the input's shape {tuple(ids.shape)}, got {tuple(labels.shape)}; "
             "for one label per sequence set task='classification'."
         )
+    starts = _starts(inputs)
+    labels = torch.where(starts, IGNORED_LABEL, labels)
     shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:]
     tokens = (shifted.reshape(-1) != IGNORED_LABEL).nonzero().squeeze(1)
-    rows = tokens // ids.shape[1]
+    rows = starts.reshape(-1).cumsum(0)[tokens] - 1
     if per_token:
         example = torch.arange(len(tokens), device=ids.device)
     else:
         example = torch.unique(rows, return_inverse=True)[1]
     count = int(example.max()) + 1 if len(example) else 0
     return Supervision(tokens, shifted.reshape(-1)[tokens], example, rows, count)
+
+
+def _starts(inputs: Mapping[str, Any]) -> Tensor:
+    """Where a sequence begins, `[B, S]`: in the first column, and inside packed rows."""
+    ids, positions = inputs["input_ids"], inputs.get("position_ids")
+    packed = positions is not None and positions.shape == ids.shape
+    starts = positions == 0 if packed else torch.zeros_like(ids, dtype=torch.bool)
+    return torch.cat([torch.ones_like(starts[:, :1]), starts[:, 1:]], dim=1)
 
 
 def token_figures(logits: Tensor, labels: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from .aux_loss import balance_coefficient
-from .checkpoints import restore_weights
+from .checkpoints import checkpoint_to_resume, restore_weights
 from .choice import CHOICE_COLUMNS, ChoiceCollator
 from .committee import CONTAINER, add_members, count_members, member_names, save_members
-from .compatibility import check_arguments, check_datasets, check_distribution
+from .compatibility import check_arguments, check_datasets, check_distribution, check_loader
 from .freezing import set_trainable, what_trains
 from .hub.checkpoint_files import write_training_record
 from .hub.readouts import record_readout
@@ -67,19 +67,29 @@ class MoECalMixin:
 
     # What Trainer calls, in the order in which it calls them.
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as `Trainer.train` does, with the expert probe and the frozen-prefix cache in place."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains as `Trainer.train` does, with the expert probe and the frozen-prefix cache in place.
+
+        `resume_from_checkpoint=True` takes the newest checkpoint that is complete; see [`checkpoint_to_resume`].
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         self.accelerator.print(self.trains)
         with self._judged():
             self._judge.prepare(self.train_dataset)
             if self.normalizes and self.args.normalizer == "auto":
                 self.accelerator.print(self.normalizes)
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Serves `evaluate` and `predict`; over a dict of sets `evaluate` gives `eval_<set>_ece` and the like."""
         with self._judged():
             return super().evaluation_loop(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        check_loader(loader, self.accelerator)
+        return loader
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         batches, count = super().get_batch_samples(*args, **kwargs)
@@ -183,6 +193,10 @@ class MoECalMixin:
             folder, args = output_dir or self.args.output_dir, self.args
             save_members(self.model, folder)
             record_readout(folder, Readout(args.readout, args.readout_experts, members=args.readout_members))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # so that `trainer_state.json`, which is next, comes last of all files
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

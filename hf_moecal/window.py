@@ -195,16 +195,16 @@ def without_repeats(batches: list, accelerator: Accelerator) -> list:
         accelerator (`Accelerator`): that prepared the loader.
     """
     loader = accelerator.gradient_state.active_dataloader
-    if accelerator.num_processes == 1 or not batches or not getattr(loader, "end_of_dataloader", False):
+    at_end = bool(batches) and getattr(loader, "end_of_dataloader", False)
+    if accelerator.num_processes == 1 or not at_end or batches[-1].get("labels") is None:
         return batches
-    size = loader.total_batch_size // accelerator.num_processes
-    if isinstance(loader, DataLoaderDispatcher):
-        size, rows = len(batches[-1]["labels"]), loader.remainder
-    else:
-        rows = _sampled(loader) % loader.total_batch_size or loader.total_batch_size
-    own = max(rows - accelerator.process_index * size, 0)
     labels = batches[-1]["labels"].clone()
-    labels[own:] = IGNORED_LABEL
+    if isinstance(loader, DataLoaderDispatcher):
+        size, rows = len(labels), loader.remainder
+    else:
+        size = loader.total_batch_size // accelerator.num_processes
+        rows = _sampled(loader) % loader.total_batch_size or loader.total_batch_size
+    labels[max(rows - accelerator.process_index * size, 0) :] = IGNORED_LABEL
     return [*batches[:-1], {**batches[-1], "labels": labels}]
 
 

@@ -184,9 +184,9 @@ def test_a_batch_without_labels_is_named(tmp_path):
         trained_gradients(classification_model(), rows, streaming(tmp_path, objective="robust"))
 
 
-def accelerator(kind=DistributedType.NO, *, precision="no", is_fsdp2=False, each=False):
+def accelerator(kind=DistributedType.NO, *, precision="no", each=False):
     state = SimpleNamespace(plugin_kwargs={"sync_each_batch": each})
-    return SimpleNamespace(distributed_type=kind, mixed_precision=precision, is_fsdp2=is_fsdp2, gradient_state=state)
+    return SimpleNamespace(distributed_type=kind, mixed_precision=precision, gradient_state=state)
 
 
 def late():
@@ -196,7 +196,7 @@ def late():
 
 
 ONE = accelerator()
-FSDP2 = accelerator(DistributedType.FSDP, is_fsdp2=True)
+FSDP2 = accelerator(DistributedType.FSDP)
 FP16 = accelerator(precision="fp16")
 DEEPSPEED = accelerator(DistributedType.DEEPSPEED)
 
@@ -207,7 +207,6 @@ DEEPSPEED = accelerator(DistributedType.DEEPSPEED)
     (classification_model, dict(objective="robust"), ONE, ScaledWindow, "=streaming, no extra forward: the weights'"),
     (classification_model, dict(objective="robust"), FP16, Window, "3 extra .* overflow in"),
     (classification_model, dict(objective="robust"), DEEPSPEED, Window, "DEEPSPEED keeps"),
-    (classification_model, dict(objective="robust"), accelerator(DistributedType.FSDP), Window, "FSDP1"),
     (classification_model, dict(objective="robust"), FSDP2, ScaledWindow, ""),
     (classification_model, dict(), ONE, Window, "holds the activations of 4 micro-batches"),
     (classification_model, dict(objective="robust", detach_weights=False), ONE, Window, "holds the activations of 4"),

@@ -107,8 +107,8 @@ def losses_one_by_one(model, rows, per_token):
     return torch.stack(losses)
 
 
-def relevance_one_by_one(model, rows, args):
-    """Relevance by overriding the last layer's routing in a whole forward, expert by expert."""
+def measures_one_by_one(model, rows, per_token):
+    """Regret and disagreement of each example, by overriding the last layer's routing in a whole forward."""
     experts = model.model.layers[-1].mlp.experts
     original, calls = type(experts).forward, []
 
@@ -129,7 +129,7 @@ def relevance_one_by_one(model, rows, args):
             del experts.forward
         return torch.softmax(logits if logits.dim() == 1 else logits[position], -1)
 
-    relevant = []
+    found = []
     with torch.no_grad():
         for row in rows:
             ids, labels = row["input_ids"], row["labels"]
@@ -144,24 +144,34 @@ def relevance_one_by_one(model, rows, args):
                 regret = max(0.0, max(math.log(q[label] / p[label]) for q in alone))
                 spread = sum(float(r * (q - p).square().sum()) for r, q in zip(shares, alone, strict=True))
                 measures.append((regret, spread))
-            if not single and args.example == "sequence":
+            if not single and not per_token:
                 measures = [tuple(sum(column) / len(measures) for column in zip(*measures, strict=True))]
-            relevant += [r > args.tau_regret or d > args.tau_disagreement for r, d in measures]
-    return torch.tensor(relevant)
+            found += measures
+    return found
 
 
-def objective_reference(model, rows, args):
-    losses = losses_one_by_one(model, rows, per_token=args.example == "token")
+def relevance(measures, args):
+    return torch.tensor([r > args.tau_regret or d > args.tau_disagreement for r, d in measures])
+
+
+def objective_of(losses, measures, args):
+    """The objective's value, with gradient, from all losses; the measures are those of each example, if it filters."""
     if args.objective == "erm":
         return losses.mean()
     relevant = torch.ones(len(losses), dtype=torch.bool)
     if args.objective == "robust_filtered":
-        relevant = relevance_one_by_one(model, rows, args)
+        relevant = relevance(measures, args)
         assert relevant.any() and not relevant.all(), "the filter must bite, or the test shows nothing"
     chosen = losses[relevant]
     weights = torch.softmax(args.eta * (chosen.detach() if args.detach_weights else chosen), 0)
     tilted = (weights * chosen).sum()
     return tilted if args.objective == "robust" else losses.mean() + tilted
+
+
+def objective_reference(model, rows, args):
+    per_token = args.example == "token"
+    measures = measures_one_by_one(model, rows, per_token) if args.objective == "robust_filtered" else None
+    return objective_of(losses_one_by_one(model, rows, per_token), measures, args)
 
 
 def reference_gradients(model, rows, args):
@@ -305,7 +315,7 @@ def test_what_is_logged(tmp_path, detach):
     log = trainer.state.log_history[0]
     model, rows = classification_model(), classification_data()
     losses = losses_one_by_one(model, rows, per_token=False).detach()
-    relevant = relevance_one_by_one(model, rows, args)
+    relevant = relevance(measures_one_by_one(model, rows, per_token=False), args)
     weights = torch.softmax(ETA * losses[relevant], 0)
     assert log["objective"] == pytest.approx((losses.mean() + (weights * losses[relevant]).sum()).item(), rel=1e-4)
     assert log["loss"] == pytest.approx(log["objective"], rel=1e-5)

@@ -58,6 +58,11 @@ class ExpertProbe:
         """Arguments of the base model in the last forward."""
         return self._answers.capture.inputs
 
+    def keep_step(self) -> None:
+        """Replays for no token of one's own: where weights are sharded, other processes wait for it."""
+        if self._answers.in_step:
+            self.disagreement(torch.zeros(1, dtype=torch.long))
+
     # Routing
 
     @property

@@ -39,6 +39,7 @@ class Anatomy:
     """The parts of a transformers model that a replay touches.
 
     Args:
+        model (`nn.Module`): as it was given: the outer model, or what wraps it.
         outer (`nn.Module`): the model with its head.
         base (`nn.Module`): what the outer model calls to get `last_hidden_state`.
         experts (`list`): the experts modules of the MoE layers.
@@ -46,6 +47,7 @@ class Anatomy:
         sites (`dict`): by name of the MoE layer.
     """
 
+    model: nn.Module
     outer: nn.Module
     base: nn.Module
     experts: list[nn.Module]
@@ -74,7 +76,7 @@ def anatomy(model: nn.Module, layers: list[MoELayer]) -> Anatomy:
         sites[layer.name] = Site(blocks, blocks.index(path[depth + 1]), _siblings(path[depth + 1 :]))
     tops = [child for owner, blocks in owners.items() for child in owner.children() if child is not blocks]
     base = getattr(outer, outer.base_model_prefix, outer)
-    return Anatomy(outer, base, [layer.module for layer in layers], tops, sites)
+    return Anatomy(model, outer, base, [layer.module for layer in layers], tops, sites)
 
 
 def _path(model: nn.Module, name: str) -> list[nn.Module]:

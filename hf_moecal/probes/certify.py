@@ -25,6 +25,7 @@ from .replay import (
     take_rows,
 )
 from .routing import MoELayer, UnsupportedMoEError, hooked
+from .sharding import is_sharded, of_first_process, unsharded
 
 
 _TOLERANCE = 1e-5  # of the logits' scale, in float32
@@ -91,7 +92,8 @@ def counterfactual_logits(
 def certify(parts: Anatomy, layer: MoELayer, capture: Capture, columns: int) -> Certificate:
     """Compares each path with full forwards in which tokens were rerouted, and takes the cheapest exact one.
 
-    It runs in evaluation mode and without gradient, on one or two real tokens of one row of the captured batch.
+    It runs in evaluation mode and without gradient, on one or two real tokens of one row of the captured batch; where
+    weights are sharded, of that of the first process, so that all of them run the same forwards.
 
     Raises:
         UnsupportedMoEError: no path gives the logits of brute force.
@@ -99,6 +101,8 @@ def certify(parts: Anatomy, layer: MoELayer, capture: Capture, columns: int) -> 
     with torch.no_grad(), evaluating(parts.outer), replaying(parts, capture.autocast):
         longest = _mask(capture).sum(-1).argmax()[None]
         inputs = take_rows(fresh(capture.inputs), capture.batch_shape[0], longest)
+        if is_sharded(parts):
+            inputs = of_first_process(inputs, capture.last_hidden.device)
         logits, seen = _observed(parts, layer, inputs)
         call, tokens = seen.calls[layer.name], _certified_tokens(parts, seen, logits)
         route = Reroute.to(parts, layer, call, tokens, call.index[tokens], columns=columns)
@@ -153,7 +157,7 @@ def _pushed(parts: Anatomy, seen: Capture, route: Reroute) -> Reroute:
 
 def _observed(parts: Anatomy, layer: MoELayer, inputs: dict[str, Any]) -> tuple[Tensor, Capture]:
     recorder = Recorder(parts, [layer], replayed={layer.name})
-    with recorder.attached():
+    with recorder.attached(), unsharded(parts, parts.outer):
         logits = parts.outer(**own_cache(inputs)).logits
     return logits, recorder.capture
 

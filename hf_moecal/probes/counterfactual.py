@@ -13,6 +13,7 @@ from .capture import Capture, ExpertCall, Recorder
 from .certify import Certificate, certify, columns_of, counterfactual_logits
 from .replay import Reroute, consult, replaying, tail
 from .routing import MoELayer
+from .sharding import is_sharded, most
 
 
 _CHUNK_ELEMENTS = 2**24  # logits, or hidden states of whole sequences, of one chunk of tokens
@@ -36,6 +37,11 @@ class Counterfactuals:
                 "compiled, attach the probe before torch.compile, which ignores hooks that come later."
             )
         return self.recorder.capture
+
+    @property
+    def in_step(self) -> bool:
+        """Whether every process has to make the same replays."""
+        return is_sharded(self.parts)
 
     def call(self, layer: MoELayer) -> ExpertCall:
         """The layer's call in the last forward."""
@@ -83,7 +89,7 @@ class Counterfactuals:
         """`reduce(part, logits () -> [c, V], expert_logits [c, m, V])` chunk by chunk of the tokens, joined.
 
         With gradient and several chunks, each is computed again in the backward pass. The model's own logits are
-        computed only if they are asked for.
+        computed only if they are asked for. Where weights are sharded every process replays as many chunks.
         """
         certificate, columns, capture = self.certificate(layer), self._columns_of(layer), self.capture
         self.call(layer)
@@ -98,6 +104,9 @@ class Counterfactuals:
                 alone = counterfactual_logits(self.parts, capture, layer, route, certificate)
             return reduce(part, lambda: self._logits(capture, flat[part]), alone)
 
+        if self.in_step:
+            for _ in range(most(len(parts), flat.device) - len(parts)):
+                answer(parts[-1])
         if len(parts) == 1 or not torch.is_grad_enabled():
             return torch.cat([answer(part) for part in parts])
         return torch.cat([checkpoint(answer, part, use_reentrant=False) for part in parts])

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map
 
 from .capture import Anatomy, Capture, ExpertCall
 from .routing import MoELayer, UnsupportedMoEError
+from .sharding import unsharded
 
 
 _MISSING = object()
@@ -60,21 +61,6 @@ def replaying(parts: Anatomy, autocast: dict[str, Any]) -> Iterator[None]:
         stack.enter_context(torch.autocast(**autocast))
         stack.enter_context(_muted_head(parts.outer))
         yield
-
-
-@contextmanager
-def unsharded(parts: Anatomy) -> Iterator[None]:
-    """Whole weights where FSDP2 shards them, for modules that a replay calls outside their unit's own forward."""
-    units = [module for module in parts.outer.modules() if hasattr(module, "unshard") and hasattr(module, "reshard")]
-    called = {*parts.experts, *parts.tops} if units else set()
-    units = [unit for unit in units if not called.isdisjoint(unit.modules())]
-    for unit in units:
-        unit.unshard()
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.reshard()
 
 
 def _accelerators(model: nn.Module) -> list[torch.device]:
@@ -126,7 +112,7 @@ def _tail(parts: Anatomy, capture: Capture, hidden: Tensor) -> Tensor:
     def stub(*args: Any, **kwargs: Any) -> Any:
         return type(capture.output)(last_hidden_state=hidden)
 
-    with patched({parts.base: stub}):
+    with unsharded(parts, parts.outer), patched({parts.base: stub}):
         logits = parts.outer(input_ids=tokens, use_cache=False).logits
     return logits.reshape(hidden.shape[0], -1)
 
@@ -142,7 +128,7 @@ def _real_token(outer: nn.Module) -> int:
 
 def run_experts(parts: Anatomy, layer: MoELayer, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """The experts' weighted output `[T, H]`."""
-    with unsharded(parts):
+    with unsharded(parts, layer.module):
         return layer.module(hidden, index, weights).reshape(len(hidden), -1)
 
 
@@ -196,7 +182,7 @@ def delta_logits(parts: Anatomy, capture: Capture, route: Reroute, coefficient: 
     """Logits `[n, m, V]` through the final norm and the head alone."""
     norm, before = final_norm(parts, capture)
     hidden = before.flatten(0, 1)[route.tokens].unsqueeze(1) + coefficient * (route.alone - route.together)
-    with unsharded(parts):
+    with unsharded(parts, norm):
         hidden = norm(hidden.flatten(0, 1).unsqueeze(1))
     return tail(parts, capture, hidden).reshape(*route.alone.shape[:2], -1)
 
@@ -256,7 +242,7 @@ def _replay(
         stubs[sibling] = _giving([select_all(output, select) for output in outputs], sibling)
     flat = capture.calls[layer.name].output.dim() == 2
     stubs[layer.module] = _giving([experts.flatten(0, 1) if flat else experts], layer.module)
-    with unsharded(parts), patched(stubs):
+    with unsharded(parts, parts.base), patched(stubs):
         return parts.base(**own_cache(fresh(inputs))).last_hidden_state
 
 
