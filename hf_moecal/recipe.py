@@ -179,13 +179,14 @@ def load_set(name: str, spec: Mapping[str, Any], recipe: Recipe) -> Dataset:
         _check_texts(name, dataset, own["text"])
         dataset = _labelled(name, dataset, own)
         return dataset if own["text"] == recipe.text else dataset.rename_column(own["text"], recipe.text)
+    made, renamed = {}, set()
     for column in recipe.columns:
-        key = "text" if column == recipe.text else column
-        if column != "label":
-            dataset = _with_column(dataset, column, _values(name, dataset, own[key]))
-    if recipe.task == "choice":
-        _check_columns(name, dataset, [own["label"]])
-        dataset = _with_column(dataset, "label", _indices(name, dataset, own["label"]))
+        source = own["text" if column == recipe.text else column]
+        renamed |= {source} if isinstance(source, str) else set()
+        made[column] = _indices(name, dataset, source) if column == "label" else _values(name, dataset, source)
+    dataset = dataset.remove_columns(sorted({*renamed, *made} & set(dataset.column_names)))
+    for column, values in made.items():
+        dataset = dataset.add_column(column, values)
     return dataset
 
 
@@ -237,6 +238,7 @@ def _values(name: str, dataset: Dataset, source: str | list[str]) -> list[Any]:
 
 
 def _indices(name: str, dataset: Dataset, column: str) -> list[int]:
+    _check_columns(name, dataset, [column])
     labels = dataset[column][:]
     wrong = next((x for x in labels if not isinstance(x, int) and not (isinstance(x, str) and x.isdecimal())), None)
     if wrong is not None:
@@ -245,11 +247,6 @@ def _indices(name: str, dataset: Dataset, column: str) -> list[int]:
             f"{column!r}; map it to one beforehand."
         )
     return list(map(int, labels))
-
-
-def _with_column(dataset: Dataset, column: str, values: list[Any]) -> Dataset:
-    kept = dataset.remove_columns(column) if column in dataset.column_names else dataset
-    return kept.add_column(column, values)
 
 
 def _load(name: str, spec: Mapping[str, Any]) -> Dataset:

@@ -23,7 +23,13 @@ def questions(count, start=0):
     rows = []
     for i in range(start, start + count):
         endings = [" good", " very bad", " bad"][: 2 + i % 2]
-        row = {"id": f"q{i}", "film": "The film", "answer": {"texts": endings, "note": "x"}, "gold": i % 2}
+        row = {
+            "id": f"q{i}",
+            "film": "The film",
+            "answer": {"texts": endings, "note": "x"},
+            "gold": i % 2,
+            "reply": "good",
+        }
         rows.append({**row, "kind": ["a", "b"][i % 2]})
     return rows
 
@@ -120,9 +126,9 @@ def test_choice_from_a_recipe(home, capsys, scoring):
 def test_a_language_model_from_a_recipe(home, capsys, example):
     path = recipe_of(home, f"lm_{example}", task="lm", example=example)
     content = yaml.safe_load(path.read_text())
-    data = {"completion": " good"}, {"prompt": "ask", "completion": " {said}"}
+    data = {"completion": " {reply}"}, {"prompt": "ask", "completion": " {said}"}
     content["data"] = {k: v for k, v in content["data"].items() if k not in ("options", "label")} | data[0]
-    content["groups"]["two"] = {"path": str(home / "two.jsonl"), **data[1]}
+    content["groups"]["two"] = {"path": str(home / "said.jsonl"), **data[1]}
     path.write_text(yaml.safe_dump(content))
     assert main(["train", "--config", str(path)]) == 0
     table = predicted(home, path)
@@ -183,7 +189,7 @@ def test_a_row_without_supervised_tokens_is_left_out_and_counted():
     assert (report["n"], report["n_ignored"], report["nll"], report["accuracy"]) == (2, 1, 0.75, 0.75)
     assert report["brier"] == pytest.approx(0.15) and list(report["groups"]) == ["a"]
     for change, message in [
-        ({"correct": [float("nan")] * 3}, "'correct' is NaN in every row"),
+        ({"correct": [float("nan")] * 3}, "For no row of the table it is known whether it is `correct`"),
         ({"nll": [1.0, 0.0, -0.5]}, "nll must be numbers of 0 or more, but row 1 holds -0.5"),
         ({"correct": [0.5, 2.0, 1.0]}, "must lie in"),
     ]:
@@ -200,7 +206,8 @@ def test_the_plan_counts_the_options(home):
     assert "each of up to 3 options" in "\n".join(whole.lines())
     assert whole.memory.activations == pytest.approx(3 * word.memory.activations, rel=0.05)
     assert whole.memory.logits == 3 * 16 * word.memory.logits
-    assert make_plan(load_recipe(recipe_of(home, "plan", task="lm", objective="erm"))).batch.sequences == 1
+    texts = {"text": "film", "max_length": 16, "train": {"path": str(home / "train.parquet")}}
+    assert make_plan(load_recipe(recipe_of(home, "plan", task="lm", objective="erm", data=texts))).batch.sequences == 1
 
 
 def test_sets_that_cannot_be(home):
