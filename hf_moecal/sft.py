@@ -65,8 +65,8 @@ class MoECalSFTConfig(SFTConfig, MoECalArguments):
         for name in ("packing", "eval_packing", "padding_free"):
             if getattr(self, name):
                 raise ValueError(
-                    f"`{name}=True` joins several texts to one row, which then is no example any more: neither its "
-                    "loss nor its confidence is that of an answer; set it to False."
+                    f"`{name}=True` joins several texts to one row, whose figures in evaluation would not be those of "
+                    "one answer; set it to False."
                 )
         if self.activation_offloading:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.dataclasses import get_module_class_from_name
 from accelerate.utils.launch import prepare_multi_gpu_env
 from datasets import Dataset
 from tiny_moe import tiny_config, tiny_model
@@ -330,6 +332,15 @@ def changed(tmp_path, name, **changes):
     path = tmp_path / "launch.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe", "gpt_oss"])
+def test_leaf_modules_of_zero3_are_named_as_the_models_have_them(tmp_path, family):
+    model = AutoModelForCausalLM.from_config(tiny_config(family))
+    (kind,) = {type(layer.module).__name__ for layer in find_moe_layers(model)}
+    assert get_module_class_from_name(model, kind) is not None  # as accelerate looks for it
+    assert kind in re.findall(r"\w+Experts", (ACCELERATE / "zero3.yaml").read_text())
+    assert read_launch(changed(tmp_path, "zero3", deepspeed_moe_layer_cls_names=kind)).sharding == "zero3"
 
 
 @pytest.mark.parametrize(
