@@ -193,27 +193,36 @@ def without_repeats(batches: list, accelerator: Accelerator) -> list:
     Args:
         batches (`list`): micro-batches that were just taken from the active data loader, the last one last.
         accelerator (`Accelerator`): that prepared the loader.
+
+    Raises:
+        ValueError: the loader repeats rows, and which cannot be known.
     """
     loader = accelerator.gradient_state.active_dataloader
     at_end = bool(batches) and getattr(loader, "end_of_dataloader", False)
     if accelerator.num_processes == 1 or not at_end or batches[-1].get("labels") is None:
         return batches
     labels = batches[-1]["labels"].clone()
-    if isinstance(loader, DataLoaderDispatcher):
-        size, rows = len(labels), loader.remainder
-    else:
-        size = loader.total_batch_size // accelerator.num_processes
-        rows = _sampled(loader) % loader.total_batch_size or loader.total_batch_size
-    labels[max(rows - accelerator.process_index * size, 0) :] = IGNORED_LABEL
+    rows = loader.remainder if isinstance(loader, DataLoaderDispatcher) else _rows_at_end(loader)
+    if rows is not None:
+        labels[max(rows - accelerator.process_index * len(labels), 0) :] = IGNORED_LABEL
     return [*batches[:-1], {**batches[-1], "labels": labels}]
 
 
-def _sampled(loader: Any) -> int:
-    """Rows of an epoch, over all processes."""
-    sampler = loader.batch_sampler
-    while hasattr(sampler, "batch_sampler"):
+def _rows_at_end(loader: Any) -> int | None:
+    """Rows of an epoch's last micro-batch, over all processes, before it was filled up; `None` if it was not."""
+    sampler, shard = loader.batch_sampler, None
+    while hasattr(sampler, "batch_sampler"):  # what skips the batches before a checkpoint, what shares them out
+        shard = sampler if hasattr(sampler, "even_batches") else shard
         sampler = sampler.batch_sampler
-    return len(sampler.sampler)
+    if shard is None or not shard.even_batches or shard.drop_last:
+        return None
+    if shard.batch_size is None:
+        raise ValueError(
+            f"{type(sampler).__name__} has no `batch_size`, so which rows are repeated is unknown; set "
+            "accelerator_config={'even_batches': False} and give every process as many batches."
+        )
+    size = shard.batch_size * (1 if shard.split_batches else shard.num_processes)
+    return len(getattr(sampler, "sampler", loader.dataset)) % size or size
 
 
 def gather_rows(own: Tensor, accelerator: Accelerator) -> tuple[Tensor, int]:

@@ -57,7 +57,7 @@ def kill_while_writing(trainer: MoECalTrainer, what: str, step: int) -> None:
 
 
 def make_trainer(folder: Path, preset: str, *, seed: int = 0, **changes) -> MoECalTrainer:
-    """Six steps over ten rows, with noise, a warm-up, a filter and a schedule, so that all of them have to resume."""
+    """Six steps with noise, a warm-up, a filter and a schedule; the checkpoints lie inside an epoch."""
     settings = dict(
         max_steps=6, num_train_epochs=6, objective="robust_filtered", tau_regret=0.1, learning_rate=0.02,
         robust_warmup_ratio=0.2, gradient_accumulation_steps=2, per_device_train_batch_size=2, train=preset,
@@ -66,7 +66,7 @@ def make_trainer(folder: Path, preset: str, *, seed: int = 0, **changes) -> MoEC
     model = classification_model(attention_dropout=0.2, router_jitter_noise=0.1)
     torch.manual_seed(0)
     trainer = MoECalTrainer(
-        model=model, args=checkpointing(folder, **{**settings, **changes}), train_dataset=classification_data(10),
+        model=model, args=checkpointing(folder, **{**settings, **changes}), train_dataset=classification_data(18),
         data_collator=collate,
     )  # fmt: skip
     randomise_adapter(trainer.model)

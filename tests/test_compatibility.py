@@ -4,7 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
+from accelerate.data_loader import (
+    DataLoaderDispatcher,
+    IterableDatasetShard,
+    prepare_data_loader,
+    skip_first_batches,
+)
+from accelerate.state import GradientState
 from test_trainer import (
     OBJECTIVES,
     Gradients,
@@ -95,6 +101,28 @@ def test_repeated_rows_of_a_dispatched_stream_lose_their_labels():
         first, last = without_repeats(batches, accelerator)
         assert first["labels"].tolist() == [0, 1, 2] and last["labels"].tolist() == expected
     assert batches[1]["labels"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("skip", [0, 2])
+@pytest.mark.parametrize("rows", [3, 12, 13, 14, 15])
+@pytest.mark.parametrize(("split", "even", "drop"), [
+    (False, True, False), (True, True, False), (False, True, True), (True, False, False)
+])  # fmt: skip
+def test_each_row_counts_once_in_an_epoch(split, even, drop, rows, skip):
+    """Over two processes, each of which takes two rows at a time, also where an epoch is resumed."""
+    seen = []
+    for rank in range(2):
+        dataset = [{"labels": torch.tensor(i)} for i in range(rows)]
+        plain = DataLoader(dataset, batch_size=4 if split else 2, drop_last=drop)
+        loader = prepare_data_loader(
+            plain, num_processes=2, process_index=rank, split_batches=split, even_batches=even, put_on_device=False
+        )
+        state = GradientState()
+        accelerator = SimpleNamespace(num_processes=2, process_index=rank, gradient_state=state)
+        for batch in skip_first_batches(loader, skip):
+            (batch,) = without_repeats([batch], accelerator)
+            seen += [label for label in batch["labels"].tolist() if label != -100]
+    assert sorted(seen) == list(range(4 * skip, rows - rows % 4 if drop else rows))
 
 
 def packed(count=8):
