@@ -107,7 +107,7 @@ def full_shares(candidates: list[Tensor], record: RoutingRecord, num_experts: in
                 return values / values.sum(-1, keepdim=True)
     raise UnsupportedMoEError(
         f"No module gives scores over all {num_experts} experts that explain the routing weights, so the router's "
-        'full distribution is unknown; use experts="selected" or "all".'
+        'full distribution is unknown; use experts="selected" or "all", or readout="mixture".'
     )
 
 
