@@ -45,6 +45,7 @@ def home(tmp_path_factory):
         {"ask": "The film was", "words": [" good", " bad"], "gold": str(i % 2), "said": "very bad"} for i in range(3)
     ]
     Dataset.from_list(two).to_json(str(folder / "two.jsonl"))
+    Dataset.from_list(two).remove_columns("gold").to_json(str(folder / "said.jsonl"))
     return folder
 
 
