@@ -179,15 +179,16 @@ def load_set(name: str, spec: Mapping[str, Any], recipe: Recipe) -> Dataset:
         _check_texts(name, dataset, own["text"])
         dataset = _labelled(name, dataset, own)
         return dataset if own["text"] == recipe.text else dataset.rename_column(own["text"], recipe.text)
+    from datasets import Dataset, concatenate_datasets
+
     made, renamed = {}, set()
     for column in recipe.columns:
         source = own["text" if column == recipe.text else column]
         renamed |= {source} if isinstance(source, str) else set()
         made[column] = _indices(name, dataset, source) if column == "label" else _values(name, dataset, source)
-    dataset = dataset.remove_columns(sorted({*renamed, *made} & set(dataset.column_names)))
-    for column, values in made.items():
-        dataset = dataset.add_column(column, values)
-    return dataset
+    kept = [column for column in dataset.column_names if column not in {*renamed, *made}]
+    new = Dataset.from_dict(made)
+    return concatenate_datasets([dataset.select_columns(kept), new], axis=1) if kept else new
 
 
 def _labelled(name: str, dataset: Dataset, own: Mapping[str, Any]) -> Dataset:
