@@ -17,7 +17,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .committee import CONTAINER, MEMBERS_FILE, count_members, load_members
+from .committee import MEMBERS_FILE, count_members, load_members
+from .freezing import CONTAINER
 
 
 _CHECKPOINTS = f"{PREFIX_CHECKPOINT_DIR}-*[0-9]"

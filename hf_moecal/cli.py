@@ -91,6 +91,22 @@ def _parser() -> argparse.ArgumentParser:
     bake.add_argument("--model", required=True, help="folder with calibration.json")
     bake.add_argument("--output", required=True, help="folder to write")
 
+    distill = command(
+        "distill", _distill, "Train a model's native readout to match its mixture or committee, without labels."
+    )
+    distill.add_argument(
+        "--model", required=True, help="folder of a classifier; its calibration.json names the readout"
+    )
+    distill.add_argument("--data", required=True, help="rows to match it on: .parquet, .jsonl or .csv")
+    distill.add_argument("--test", help="labelled rows on which to say how much survives")
+    distill.add_argument("--output", required=True, help="folder to write")
+    distill.add_argument("--text", default="text", help="column to tokenize (default: text)")
+    distill.add_argument("--max-length", type=int, help="tokens after which a text is cut")
+    distill.add_argument("--readout", help="the teacher, where calibration.json names none")
+    for name, default in {"epochs": 3, "learning-rate": 1e-4, "batch-size": 32, "seed": 0}.items():
+        distill.add_argument(f"--{name}", type=type(default), default=default)
+    distill.add_argument("--prefix-cache", metavar="FOLDER", help="for the states of the frozen layers")
+
     report = command("report", _report, "Write an HTML and Markdown report with reliability diagrams.")
     report.add_argument("tables", nargs="+", metavar="NAME=TABLE", help="method and its predictions table")
     report.add_argument("--output", required=True, help="folder to write")
@@ -234,6 +250,25 @@ def _bake(options: Options) -> None:
     from .hub.bake import bake
 
     print(f"calibrated checkpoint: {bake(options.model, output_dir=options.output)}")
+
+
+def _distill(options: Options) -> None:
+    from .distillation import distill_checkpoint
+    from .table import read_table
+
+    settings = {name: getattr(options, name) for name in ("epochs", "learning_rate", "batch_size", "seed")}
+    found = distill_checkpoint(
+        options.model,
+        read_table(options.data),
+        output_dir=options.output,
+        test=None if options.test is None else read_table(options.test),
+        readout=options.readout,
+        text_column=options.text,
+        max_length=options.max_length,
+        prefix_cache=options.prefix_cache,
+        **settings,
+    )
+    print("\n".join([*found.lines(), f"distilled checkpoint: {options.output}"]))
 
 
 def _report(options: Options) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .freezing import last_moe_site
+from .freezing import CONTAINER, head_modules, last_moe_site
 from .probes.capture import autocast_state
 from .probes.certify import evaluating
 from .probes.replay import patched
@@ -25,9 +25,9 @@ from .probes.routing import hooked, upcast
 
 
 MEMBERS_FILE = "members.safetensors"
-CONTAINER = "moecal_members"
-SPREAD = 1.0
-"""Noise on each weight matrix of a further member, relative to the matrix's own root mean square."""
+SPREAD, HEAD_SPREAD = 0.1, 1.0
+"""Noise on the weight matrices of a further member's block, and of a classifier's head, in units of each matrix's own
+root mean square. Much more than a tenth costs pretrained experts what they know; a head is new, or quickly learnt."""
 _EXACT = 1e-5
 
 
@@ -66,8 +66,8 @@ def member_names(model: nn.Module) -> dict[str, str]:
 def add_members(model: nn.Module, count: int, *, seed: int) -> None:
     """Makes a committee of a model: further members for all that trains in it, in place.
 
-    A member starts from the model's weights with noise of its own on every matrix, as large as the matrix itself is
-    on average for those of the head, and `SPREAD` times as large for the others; vectors (norms, biases) start equal.
+    A member starts from the model's weights with noise of its own on every matrix of router and experts (`SPREAD`)
+    and of a classifier's head (`HEAD_SPREAD`). A language model's head, and vectors (norms, biases), start equal.
 
     Args:
         model (`PreTrainedModel`): with what trains chosen by `set_trainable(model, "last_moe_layer")`.
@@ -82,21 +82,33 @@ def add_members(model: nn.Module, count: int, *, seed: int) -> None:
             raise ValueError(f"The model has {count_members(model)} members already, so it cannot train {count}.")
         return
     own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    _attach(model, [{name: _noisy(p, name, seed, number) for name, p in own.items()} for number in range(1, count)])
+    spread = dict.fromkeys(own, SPREAD)
+    new = HEAD_SPREAD if model.get_output_embeddings() is None else 0.0
+    for head in head_modules(model):
+        spread |= {name: new for name in own if name.startswith(f"{head}.")}
+    members = range(1, count)
+    _attach(model, [{k: _noisy(p, spread[k], f"{seed} {number} {k}") for k, p in own.items()} for number in members])
 
 
-def _noisy(parameter: Tensor, name: str, seed: int, number: int) -> Tensor:
-    if parameter.dim() < 2:
+def _noisy(parameter: Tensor, spread: float, key: str) -> Tensor:
+    if parameter.dim() < 2 or not spread:
         return parameter.detach().clone()
-    digest = hashlib.blake2b(f"{seed} {number} {name}".encode(), digest_size=7).digest()
+    digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-    return parameter + SPREAD * parameter.float().square().mean().sqrt().to(parameter) * noise
+    return parameter + spread * parameter.float().square().mean().sqrt().to(parameter) * noise
 
 
 def _attach(model: nn.Module, own: list[dict[str, Tensor]]) -> None:
     model.add_module(CONTAINER, Members(own))
     model._keys_to_ignore_on_save = {*(getattr(model, "_keys_to_ignore_on_save", None) or ()), *member_names(model)}
+
+
+def drop_members(model: nn.Module) -> None:
+    """Makes a committee its first member alone again."""
+    if count_members(model) > 1:
+        model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save) - set(member_names(model))
+        delattr(model, CONTAINER)
 
 
 def save_members(model: nn.Module, folder: str | Path) -> Path | None:

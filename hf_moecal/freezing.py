@@ -13,6 +13,9 @@ from .probes import UnsupportedMoEError, find_moe_layers
 from .probes.router import declared_classes, find_routers
 
 
+CONTAINER = "moecal_members"
+"""Module in which a committee's further members keep their parameters; see [`hf_moecal.committee`]."""
+
 _RANDOM = ("dropout", "jitter", "layerdrop")
 
 
@@ -132,6 +135,8 @@ def _by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         modules["routers"] = find_routers(model).values()
     modules["attention"] = attention_modules(model).values()
     modules["head"] = head_modules(model).values()
+    if hasattr(model, CONTAINER):
+        modules["further members"] = [getattr(model, CONTAINER)]
     remaining = {id(p): p for p in model.parameters()}
     kinds = {
         kind: [remaining.pop(id(p)) for module in found for p in module.parameters() if id(p) in remaining]
@@ -150,7 +155,8 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
     """What the model puts on top of its base, by name: the output embedding, or a classifier's last layers."""
     outer = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
     base = getattr(outer, getattr(outer, "base_model_prefix", ""), outer)
-    return {name: module for name, module in outer.named_children() if module is not base and base is not outer}
+    beside = {name: module for name, module in outer.named_children() if name != CONTAINER}
+    return {name: module for name, module in beside.items() if module is not base and base is not outer}
 
 
 def check_frozen(modules: list[nn.Module]) -> None:

@@ -116,12 +116,7 @@ def _predict_batch(
     """Columns of the predictions table for one batch of token sequences."""
     device = next(model.parameters()).device
     pad = model.config.get_text_config().pad_token_id
-    ids = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(sequence) for sequence in sequences], batch_first=True, padding_value=0 if pad is None else pad
-    ).to(device)
-    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
-    mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
-    batch = {"input_ids": ids, "attention_mask": mask}
+    batch = padded(sequences, pad, device)
     with nullcontext(batch) if prefix is None else prefix.replaying(batch) as batch:
         logits = model(**batch)["logits"].float()
         check_labels(labels[labels != IGNORED_LABEL], logits.shape[-1])
@@ -133,6 +128,14 @@ def _predict_batch(
             pooled = torch.arange(len(short), device=device) * short.shape[1] + pooled_positions(short, pad)
             found |= routing(pooled, logits, labels.to(device))
     return {name: values.tolist() for name, values in found.items()}
+
+
+def padded(sequences: list[list[int]], pad: int | None, device: torch.device) -> dict[str, Tensor]:
+    """Token ids and mask of some sequences, padded on the right."""
+    rows = [torch.tensor(sequence) for sequence in sequences]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0 if pad is None else pad).to(device)
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()}
 
 
 def routing_columns(logits: Tensor, labels: Tensor, alone: Tensor, shares: Tensor, ids: Tensor) -> dict[str, Tensor]:
