@@ -81,10 +81,10 @@ def check_distribution(trainer: Trainer) -> None:
         raise ValueError("FSDP1 hides the weights that experts are consulted with; set `fsdp_version: 2`.")
 
 
-def check_loader(loader: Any, accelerator: Accelerator) -> None:
-    """Raises a `ValueError` where processes would get unequal numbers of micro-batches, or rows twice unnoticed."""
+def checked_loader(loader: Any, accelerator: Accelerator) -> Any:
+    """The loader; raises a `ValueError` if processes would get unequal numbers of batches, or rows twice unnoticed."""
     if accelerator.num_processes == 1:
-        return
+        return loader
     dataset = getattr(loader, "dataset", None)
     if isinstance(dataset, IterableDatasetShard) and not dataset.drop_last:
         raise ValueError(
@@ -98,6 +98,7 @@ def check_loader(loader: Any, accelerator: Accelerator) -> None:
             f"The processes have {counts} micro-batches, so one would wait for ever; leave `even_batches` of "
             "accelerator_config at True (the rows that it repeats do not count), or set dataloader_drop_last=True."
         )
+    return loader
 
 
 def _check_mixture(trainer: Trainer) -> None:

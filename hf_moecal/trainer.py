@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, Trainer
 from .aux_loss import balance_coefficient
 from .checkpoints import checkpoint_to_resume, restore_weights
 from .choice import CHOICE_COLUMNS, ChoiceCollator
-from .committee import CONTAINER, add_members, count_members, member_names, save_members
-from .compatibility import check_arguments, check_datasets, check_distribution, check_loader
-from .freezing import set_trainable, what_trains
+from .committee import add_members, count_members, member_names, save_members
+from .compatibility import check_arguments, check_datasets, check_distribution, checked_loader
+from .freezing import CONTAINER, set_trainable, what_trains
 from .hub.checkpoint_files import write_training_record
 from .hub.readouts import record_readout
 from .judge import Judge
@@ -68,10 +68,7 @@ class MoECalMixin:
     # What Trainer calls, in the order in which it calls them.
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains as `Trainer.train` does, with the expert probe and the frozen-prefix cache in place.
-
-        `resume_from_checkpoint=True` takes the newest checkpoint that is complete; see [`checkpoint_to_resume`].
-        """
+        """Trains as `Trainer.train` does; `resume_from_checkpoint=True` takes the newest complete checkpoint."""
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         self.accelerator.print(self.trains)
@@ -87,9 +84,7 @@ class MoECalMixin:
             return super().evaluation_loop(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
-        loader = super().get_train_dataloader()
-        check_loader(loader, self.accelerator)
-        return loader
+        return checked_loader(super().get_train_dataloader(), self.accelerator)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         batches, count = super().get_batch_samples(*args, **kwargs)

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import DataCollatorWithFlattening
 
 from hf_moecal import MoECalArguments, MoECalTrainer
-from hf_moecal.compatibility import check_distribution, check_loader
+from hf_moecal.compatibility import check_distribution, checked_loader
 from hf_moecal.window import without_repeats
 
 
@@ -84,10 +84,10 @@ def test_streams_whose_repeated_rows_are_unknown_are_refused():
         shard = IterableDatasetShard(Stream(), batch_size=2, num_processes=2, drop_last=drop_last)
         accelerator = SimpleNamespace(num_processes=2, device="cpu", gather=lambda count: torch.cat([count, count]))
         if drop_last:
-            check_loader(DataLoader(shard, batch_size=2), accelerator)
+            checked_loader(DataLoader(shard, batch_size=2), accelerator)
         else:
             with pytest.raises(ValueError, match="an iterable dataset repeats rows at its end, .* `dispatch_batches`"):
-                check_loader(DataLoader(shard, batch_size=2), accelerator)
+                checked_loader(DataLoader(shard, batch_size=2), accelerator)
 
 
 def test_repeated_rows_of_a_dispatched_stream_lose_their_labels():
