@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import IterableDatasetShard
+from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
@@ -54,6 +55,20 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, *, labelled: bool) -> 
                 f"Dataset {name!r} has no `label` column, only {list(columns)}; rename it with "
                 "dataset.rename_column(..., 'label')."
             )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module, args: MoECalArguments) -> None:
+    """Raises a `ValueError` where an optimizer that was passed leaves out what the arguments chose to train."""
+    if optimizer is None or (args.train == "all" and args.readout_members == 1):
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if missing:
+        raise ValueError(
+            f"The optimizer that was passed leaves out {len(missing)} parameters that train={args.train!r} and "
+            f"readout_members={args.readout_members} train (first: {missing[0]!r}); make it of them, after "
+            "set_trainable, add_lora or add_members, or leave `optimizers` out."
+        )
 
 
 def check_distribution(trainer: Trainer) -> None:

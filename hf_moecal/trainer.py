@@ -20,7 +20,7 @@ from .aux_loss import balance_coefficient
 from .checkpoints import checkpoint_to_resume, restore_weights
 from .choice import CHOICE_COLUMNS, ChoiceCollator
 from .committee import add_members, count_members, member_names, save_members
-from .compatibility import check_arguments, check_datasets, check_distribution, checked_loader
+from .compatibility import check_arguments, check_datasets, check_distribution, check_optimizer, checked_loader
 from .freezing import CONTAINER, set_trainable, what_trains
 from .hub.checkpoint_files import write_training_record
 from .hub.readouts import record_readout
@@ -48,6 +48,7 @@ class MoECalMixin:
             kwargs["data_collator"] = ChoiceCollator(kwargs.get("processing_class"))
         super().__init__(model=model, args=args, **kwargs)
         check_distribution(self)
+        check_optimizer(self.optimizer, self.model, args)
         cached = args.prefix_cache is not None or args.readout_members > 1
         self._balance = balance_coefficient(self.model, args.router_aux_loss_coef, cached=cached)
         balanced = f"router aux loss times {self._balance:g}" if self._balance else "no router aux loss"

@@ -232,3 +232,14 @@ def test_what_a_committee_cannot_do_is_refused(tmp_path):
     with Reading(model, rows=True) as reading, reading.at(torch.tensor([1])):
         with pytest.raises(ValueError, match="only its first member has a cache"):
             model(input_ids=ids[:, 3:], past_key_values=cache)
+
+
+def test_an_optimizer_that_leaves_members_out_is_refused(tmp_path):
+    model = classification_model()
+    set_trainable(model, "last_moe_layer")
+    early = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    args = arguments(tmp_path, readout_members=2, train="last_moe_layer")
+    with pytest.raises(ValueError, match="leaves out .* parameters"):
+        MoECalTrainer(model=model, args=args, train_dataset=classification_data(), optimizers=(early, None))
+    late = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    MoECalTrainer(model=model, args=args, train_dataset=classification_data(), optimizers=(late, None))
