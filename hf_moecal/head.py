@@ -20,7 +20,10 @@ from .probes.capture import autocast_state
 from .probes.replay import patched
 
 
-CHUNK_ELEMENTS = 2**23  # logits of one chunk: 32 MiB in float32, twice as much with their log-probabilities
+# Logits of one chunk, rounded up to whole rows: 32 MiB in float32, twice as much with their log-probabilities. Blocks
+# below that size the C library keeps when they are freed, and cannot use again for the next chunk (malloc's largest
+# mmap threshold): memory then grows as if the chunks were one.
+CHUNK_ELEMENTS = 2**23
 
 
 class RowSelector:
@@ -84,7 +87,7 @@ class RowSelector:
         rows = self._rows
         if rows is None:
             return reduce(slice(None), self.at(logits, slice(None)))
-        size = max(1, CHUNK_ELEMENTS // self._vocabulary)
+        size = -(-CHUNK_ELEMENTS // self._vocabulary)
         parts = [slice(start, start + size) for start in range(0, len(rows), size)]
 
         def answer(part: slice, hidden: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ class Reading:
         """`reduce(part, log_probs [c, V])` of the whole committee over chunks of a language model's tokens, joined."""
         tokens, outputs = self._tokens, self.outputs(output)
         width = self._model.config.get_text_config().vocab_size
-        size = max(1, CHUNK_ELEMENTS // width)
+        size = -(-CHUNK_ELEMENTS // width)
         found = []
         for start in range(0, len(tokens), size):
             part = slice(start, start + size)

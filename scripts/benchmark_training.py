@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     MixtralForSequenceClassification,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -43,6 +45,7 @@ from hf_moecal.training_args import LORA_ALPHA, LORA_R
 
 
 ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("steps", "cache", "memory")
 
 
 class Row(NamedTuple):
@@ -57,9 +60,7 @@ class Row(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--only", nargs="+", choices=["steps", "cache", "memory"], default=["steps", "cache", "memory"]
-    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--turns", type=int, default=7, help="turns that all methods take")
     parser.add_argument("--sentences", type=int, default=256, help="sentences of an epoch with and without the cache")
     parser.add_argument("--output", type=Path)
@@ -74,12 +75,16 @@ def main() -> None:
     for name in options.only:
         for row in parts[name]():
             rows.append(row)
-            print(f"{row.case:64s}{row.found:9.3g}   {row.wanted:12s} {'met' if row.met else 'missed'}", flush=True)
-    if options.output:
-        where = {"machine": platform.processor() or platform.machine(), "threads": 1, "torch": torch.__version__}
-        where["transformers"] = transformers.__version__
-        found = {"where": where, "rows": [row._asdict() for row in rows]}
-        options.output.write_text(json.dumps(found, indent=1) + "\n")
+            verdict = "" if not row.wanted else "met" if row.met else "missed"
+            print(f"{row.case:72s}{row.found:9.3g}   {row.wanted:9s} {verdict}", flush=True)
+            if options.output:
+                write(rows, options.output)
+
+
+def write(rows: list[Row], path: Path) -> None:
+    where = {"machine": platform.processor() or platform.machine(), "threads": 1, "torch": torch.__version__}
+    where["transformers"] = transformers.__version__
+    path.write_text(json.dumps({"where": where, "rows": [row._asdict() for row in rows]}, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------- optimizer steps
@@ -129,9 +134,8 @@ DATA = [
 ]
 
 
-def steps(turns: int) -> list[Row]:
+def steps(turns: int) -> Iterator[Row]:
     """Ratios of every method to the plain Trainer: median over the turns, with their range."""
-    rows = []
     for (train, accumulation), methods in GROUPS.items():
         ratios: dict[str, list[float]] = {method.name: [] for method in methods}
         for _ in range(turns):
@@ -139,16 +143,12 @@ def steps(turns: int) -> list[Row]:
             for method in methods:
                 ratios[method.name].append(step_seconds(train, accumulation, method.settings) / plain)
         for method in methods:
-            found, least, largest = (
-                statistics.median(ratios[method.name]),
-                min(ratios[method.name]),
-                max(ratios[method.name]),
-            )
-            wanted = "" if method.most is None else f"<= {method.most:.2f}"
+            each = sorted(ratios[method.name])
+            found, most = statistics.median(each), method.most
+            wanted = "" if most is None else f"<= {most:.2f}"
             case = f"step, train={train}, accumulation {accumulation}: {method.name}"
-            met = method.most is None or found <= method.most
-            rows.append(Row(case, found, wanted, met, {"range": [least, largest], "turns": turns}))
-    return rows
+            met, more = most is None or found <= most, {"range": [each[0], each[-1]], "turns": turns}
+            yield Row(case, found, wanted, met, more)
 
 
 class Clock(TrainerCallback):
@@ -188,6 +188,7 @@ def step_seconds(train: str, accumulation: int, settings: dict[str, Any] | None)
             args = MoECalArguments(folder, **common, **QUIET, **own)
             trainer = MoECalTrainer(model=model, args=args, train_dataset=DATA, callbacks=[clock])
             trainer.accelerator.print = lambda *lines: None
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return statistics.median(clock.seconds)
 
@@ -322,13 +323,17 @@ MEASURES = {"body": body_alone} | {
 }
 
 
-def memory() -> list[Row]:
+def measured() -> dict[str, Any]:
+    """Every measure, taken in a process of its own."""
     found = {}
     for name in MEASURES:
-        command = [sys.executable, __file__, "--measure", name]
-        found[name] = json.loads(
-            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-        )
+        done = subprocess.run([sys.executable, __file__, "--measure", name], check=True, stdout=subprocess.PIPE)
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def memory() -> list[Row]:
+    found = measured()
     body, rows = found["body"]["peak"], []
     for count, most in ((16, 120), (900, 300)):
         mine, reference = found[f"ours-{count}"], found[f"whole-{count}"]

@@ -61,3 +61,12 @@ def test_the_memory_benchmark_compares_equal_gradients(benchmark, monkeypatch):
 def test_the_clock_counts_whole_steps_of_every_method(benchmark):
     for train, accumulation, settings in (("lora", 2, None), ("last_moe_layer", 2, {"objective": "robust"})):
         assert benchmark.step_seconds(train, accumulation, settings) > 0
+
+
+@pytest.mark.slow
+def test_chunks_of_a_large_vocabulary_take_the_memory_of_one(monkeypatch):
+    """Peak resident memory of processes of their own, at 128,000 words and 1,800 supervised positions."""
+    script = load_script("benchmark_training")
+    monkeypatch.setattr(script, "MEASURES", {"body": None, "ours-900": None})
+    found = script.measured()
+    assert found["ours-900"]["peak"] - found["body"]["peak"] <= 300

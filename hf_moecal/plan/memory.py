@@ -216,7 +216,7 @@ def logits_memory(positions: int, classes: int, *, itemsize: int) -> int:
     The float32 log-probabilities, their gradient and that of the logits, and the logits in the precision that
     computes; of one chunk only where they exceed [`~hf_moecal.head.CHUNK_ELEMENTS`].
     """
-    rows = max(1, CHUNK_ELEMENTS // classes) if positions * classes > CHUNK_ELEMENTS else positions
+    rows = -(-CHUNK_ELEMENTS // classes) if positions * classes > CHUNK_ELEMENTS else positions
     return rows * classes * (3 * 4 + itemsize)
 
 
