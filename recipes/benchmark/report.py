@@ -25,6 +25,8 @@ BASELINE = ("erm", "native", 1, "temperature")
 CELLS = ("in-domain", "in-domain hard", "shifted", "shifted hard")
 Key = tuple[str, str, int, str]
 """Method, readout, members, calibrator."""
+Runs = dict[tuple[str, int], dict[str, list[float]]]
+"""By task and seed, the NLL of each set over the temperatures."""
 
 
 class Figures:
@@ -173,56 +175,55 @@ def _cell(name: str) -> str:
     return where if subset == "all" else f"{where} hard"
 
 
-def draw_curves(curves: Sequence[dict[str, Any]], path: Path, shown: Sequence[tuple[str, str, int]]) -> None:
-    """Every method as its curve over temperature: in-domain NLL against shifted and hard NLL, as ratios to ERM's best.
+DRAWN = (
+    ("erm", "native", 1), ("label_smoothing", "native", 1), ("robust_filtered-detached", "native", 1),
+    ("erm", "soft_mixture", 1), ("erm", "soft_mixture", 4), ("label_smoothing", "soft_mixture", 4),
+    ("robust_filtered-eta-1", "soft_mixture", 4),
+)  # fmt: skip
 
-    Means over tasks and seeds of the ratios; a dot marks temperature 1.
+
+def draw_curves(curves: Sequence[dict[str, Any]], path: Path) -> None:
+    """Methods as curves over temperature: in-domain NLL against hard and shifted NLL, as ratios to ERM at its best.
+
+    Means over the tasks and seeds that all of them have; a dot marks temperature 1.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    base = {
-        (c["task"], c["seed"]): c["nll"]
-        for c in curves
-        if (c["method"], c["readout"], c["members"]) == ("erm", "native", 1)
-    }
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), sharex=True)
-    for kind in shown:
-        own = [
-            c for c in curves if (c["method"], c["readout"], c["members"]) == kind and (c["task"], c["seed"]) in base
-        ]
-        if not own:
-            continue
-        lines = {cell: [] for cell in CELLS}
-        for run in own:
-            reference = base[run["task"], run["seed"]]
-            best = int(np.argmin(reference["in-domain/all"]))
-            for cell in CELLS:
-                sets = [s for s in run["nll"] if _cell(s) == cell]
-                if sets:
-                    lines[cell].append(
-                        np.mean([run["nll"][s] for s in sets], 0) / np.mean([reference[s][best] for s in sets])
-                    )
-        means = {cell: np.mean(values, 0) for cell, values in lines.items()}
-        one = int(np.argmin(abs(TEMPERATURES - 1)))
+    runs = {(c["method"], c["readout"], c["members"]): {} for c in curves}
+    for c in curves:
+        runs[c["method"], c["readout"], c["members"]][c["task"], c["seed"]] = c["nll"]
+    drawn = [kind for kind in DRAWN if kind in runs]
+    common = sorted(set.intersection(*(set(runs[kind]) for kind in drawn)))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.8), sharex=True, layout="constrained")
+    one = int(np.argmin(abs(TEMPERATURES - 1)))
+    for kind in drawn:
+        means = {cell: _ratios(runs[kind], runs[BASELINE[:3]], common, cell) for cell in CELLS}
         for axis, cell in zip(axes, CELLS[1:], strict=True):
-            (line,) = axis.plot(means["in-domain"], means[cell], label=name_of((*kind, "")), lw=1.5)
-            axis.plot(means["in-domain"][one], means[cell][one], "o", color=line.get_color(), ms=5)
+            (line,) = axis.plot(means["in-domain"], means[cell], label=name_of((*kind, "")), lw=1.6)
+            axis.plot(means["in-domain"][one], means[cell][one], "o", color=line.get_color(), ms=6)
     for axis, cell in zip(axes, CELLS[1:], strict=True):
-        axis.set(
-            xlim=(0.96, 1.25),
-            ylim=(0.78 if "hard" in cell else 0.88, 1.2),
-            xlabel="in-domain NLL / ERM at its best",
-            title=f"{cell}: NLL / ERM's there",
-        )
+        axis.set(xlim=(0.96, 1.12), ylim=(0.9, 1.1), xlabel="in-domain NLL", title=f"{cell} NLL")
         axis.axhline(1, color="0.8", lw=0.8, zorder=0)
         axis.axvline(1, color="0.8", lw=0.8, zorder=0)
-    axes[0].legend(fontsize=7, frameon=False)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.suptitle("Over temperature, relative to ERM at its best temperature; lower and further left is better")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _ratios(own: Runs, base: Runs, common: Sequence[tuple[str, int]], cell: str) -> np.ndarray:
+    """Mean over runs of a method's NLL at each temperature, as ratios to the baseline's at its best: `[T]`."""
+    found = []
+    for run in common:
+        sets = [name for name in own[run] if _cell(name) == cell]
+        if sets:
+            best = int(np.argmin(base[run]["in-domain/all"]))
+            reference = np.mean([base[run][name][best] for name in sets])
+            found.append(np.mean([own[run][name] for name in sets], axis=0) / reference)
+    return np.mean(found, axis=0)
 
 
 def name_of(key: Key) -> str:
@@ -250,11 +251,7 @@ def main() -> None:
     print("\n### At ERM's in-domain NLL\n\n" + markdown(EQUAL_HEAD, equal_in_domain(curves)))
     for task in figures.tasks:
         print(f"\n### {task}\n\n" + markdown(TASK_HEAD, per_task(figures, ordered, task)))
-    draw_curves(
-        curves,
-        options.results / "benchmark_curves.png",
-        list(dict.fromkeys((c["method"], c["readout"], c["members"]) for c in curves)),
-    )
+    draw_curves(curves, options.results / "benchmark_curves.png")
 
 
 if __name__ == "__main__":
