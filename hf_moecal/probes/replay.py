@@ -64,6 +64,8 @@ def replaying(parts: Anatomy, autocast: dict[str, Any]) -> Iterator[None]:
 
 
 def _accelerators(model: nn.Module) -> list[torch.device]:
+    if not torch.cuda.is_initialized():
+        return []
     return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
 
 

@@ -23,7 +23,9 @@ def unsharded(parts: Anatomy, called: nn.Module) -> Iterator[None]:
 
     A module that is a unit itself, or that holds some, gathers their weights by its own hooks.
     """
-    around = [module for module in parts.model.modules() if _is_unit(module) and called in module.modules()]
+    shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+    modules = parts.model.modules() if shared else ()  # a walk for every replay adds up
+    around = [module for module in modules if _is_unit(module) and called in module.modules()]
     unit = around[-1] if around else called  # outer ones come first
     if unit is called:
         yield
