@@ -4,10 +4,10 @@ import pytest
 import torch
 from test_trainer import arguments, collate
 from tiny_moe import classifier_families, families, tiny_model
+from torch import nn
 
 from hf_moecal import MoECalTrainer, find_moe_layers
 from hf_moecal.objectives import robust_filtered, routing_relevance
-from hf_moecal.window import Window
 
 
 UNSUPPORTED = {"doge", "jetmoe", "llama4_text"}
@@ -16,16 +16,16 @@ UNSUPPORTED = {"doge", "jetmoe", "llama4_text"}
 class Recording(MoECalTrainer):
     """Keeps what was measured and weighed."""
 
-    def _close(self, window: Window) -> None:
-        super()._close(window)
-        self.window = window
+    def _close(self, model: nn.Module) -> None:
+        super()._close(model)
+        self.window = self._window
 
 
 def step(model, rows, folder, **settings):
     args = arguments(folder, tau_disagreement=0.05, tau_regret=0.05, **settings)
     trainer = Recording(model=model, args=args, train_dataset=rows, data_collator=collate)
     trainer.train()
-    columns = [torch.cat(values) for values in zip(*trainer.window.measured, strict=True)]
+    columns = [torch.cat(values).flatten() for values in zip(*trainer.window.measured, strict=True)]
     losses, regret, disagreement = columns
     relevant = routing_relevance(regret, disagreement, tau_regret=0.05, tau_disagreement=0.05)
     expected = robust_filtered(losses, relevant, eta=args.eta).item()
