@@ -29,6 +29,7 @@ _PUBLIC = {
     "calibration": ("TemperatureCalibrator",),
     "callback": ("MoECalCallback",),
     "hub": ("from_pretrained", "load_calibration"),
+    "hub.joining": ("join_committee",),
     "distillation": ("distill",),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}

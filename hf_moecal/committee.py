@@ -87,7 +87,9 @@ def add_members(model: nn.Module, count: int, *, seed: int) -> None:
     for head in head_modules(model):
         spread |= {name: new for name in own if name.startswith(f"{head}.")}
     members = range(1, count)
-    _attach(model, [{k: _noisy(p, spread[k], f"{seed} {number} {k}") for k, p in own.items()} for number in members])
+    attach_members(
+        model, [{k: _noisy(p, spread[k], f"{seed} {number} {k}") for k, p in own.items()} for number in members]
+    )
 
 
 def _noisy(parameter: Tensor, spread: float, key: str) -> Tensor:
@@ -99,7 +101,8 @@ def _noisy(parameter: Tensor, spread: float, key: str) -> Tensor:
     return parameter + spread * parameter.float().square().mean().sqrt().to(parameter) * noise
 
 
-def _attach(model: nn.Module, own: list[dict[str, Tensor]]) -> None:
+def attach_members(model: nn.Module, own: list[dict[str, Tensor]]) -> None:
+    """Gives a model further members, by what each has in place of the model's own parameters."""
     model.add_module(CONTAINER, Members(own))
     model._keys_to_ignore_on_save = {*(getattr(model, "_keys_to_ignore_on_save", None) or ()), *member_names(model)}
 
@@ -146,7 +149,9 @@ def load_members(model: nn.Module, file: str | Path) -> None:
         own.setdefault(number, {})[name] = tensor.to(named[name])
     if container is None:  # in the model's order, in which optimizers number their states
         order = {name: place for place, name in enumerate(named)}
-        _attach(model, [dict(sorted(own[n].items(), key=lambda item: order[item[0]])) for n in sorted(own, key=int)])
+        attach_members(
+            model, [dict(sorted(own[n].items(), key=lambda item: order[item[0]])) for n in sorted(own, key=int)]
+        )
         return
     if set(stored) != set(container.state_dict()):
         raise ValueError(f"{Path(file).name!r} holds another committee than the model's; load the one it was made of.")

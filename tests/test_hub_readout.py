@@ -13,9 +13,10 @@ from test_readout import READOUTS, loop
 from test_trainer import arguments, classification_data, classification_model, collate, language_model
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, pipeline
 
-from hf_moecal import MoECalTrainer, from_pretrained, predict
+from hf_moecal import MoECalTrainer, from_pretrained, join_committee, predict
 from hf_moecal.calibration import PerExpertTemperatureCalibrator, read_record
 from hf_moecal.committee import MEMBERS_FILE, save_members
+from hf_moecal.freezing import set_trainable
 from hf_moecal.hub import calibrate, write_calibration
 from hf_moecal.hub.bake import bake
 from hf_moecal.hub.publish import make_card, publishable
@@ -190,3 +191,50 @@ def test_predict_reads_a_loaded_model_by_what_it_was_loaded_for(tmp_path):
         np.testing.assert_allclose(found[name][:], expected[name][:], rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="was loaded to predict by 'soft_mixture, committee of 3'"):
         predict(loaded, data, readout="native", progress=False)
+
+
+def test_checkpoints_trained_apart_become_one_committee(tmp_path):
+    folders, expected, ids = [], [], torch.arange(1, 9)[None]
+    for number in range(3):
+        model = classification_model().eval()
+        set_trainable(model, "last_moe_layer")
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+        folders.append(tmp_path / str(number))
+        model.save_pretrained(folders[-1])
+        expected.append(model(input_ids=ids).logits.double().softmax(-1))
+    joined = join_committee(folders, tmp_path / "committee")
+    found = from_pretrained(joined)(input_ids=ids).logits
+    assert (found.double().exp() - sum(expected) / 3).abs().max() < 1e-6
+    plain = AutoModelForSequenceClassification.from_pretrained(joined).eval()
+    assert (plain(input_ids=ids).logits.double().softmax(-1) - expected[0]).abs().max() < 1e-6
+
+    for folder in folders:
+        record_readout(folder, Readout("soft_mixture"))
+    mixed = from_pretrained(join_committee(folders, tmp_path / "mixed"))(input_ids=ids).logits.double().exp()
+    alone = [from_pretrained(folder)(input_ids=ids).logits.double().exp() for folder in folders]
+    assert (mixed - sum(alone) / 3).abs().max() < 1e-6
+
+
+def test_what_makes_no_committee_is_named(tmp_path):
+    for name in ("a", "b"):
+        classification_model().save_pretrained(tmp_path / name)
+    other = classification_model()
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight.add_(1)
+    other.save_pretrained(tmp_path / "c")
+    a, b, c = (tmp_path / name for name in "abc")
+    with pytest.raises(ValueError, match="two members or more"):
+        join_committee([a], tmp_path / "out")
+    with pytest.raises(ValueError, match="differs from .* before the last MoE layer"):
+        join_committee([a, c], tmp_path / "out")
+    with pytest.raises(ValueError, match="no checkpoint folder"):
+        join_committee([a, tmp_path / "none"], tmp_path / "out")
+    with pytest.raises(ValueError, match="exists"):
+        join_committee([a, b], a)
+    record_readout(b, Readout("soft_mixture"))
+    with pytest.raises(ValueError, match="one and the same readout"):
+        join_committee([a, b], tmp_path / "out")
