@@ -50,20 +50,22 @@ class Figures:
         rows = self._found.get((task, key, seed), {}).get(cell, [])
         return float(np.mean([row[figure] for row in rows])) if rows else float("nan")
 
-    def mean(self, task: str, key: Key, cell: str, figure: str) -> float:
-        seeds = self.seeds(task, key)
+    def mean(self, task: str, key: Key, cell: str, figure: str, seeds: Sequence[int] | None = None) -> float:
+        seeds = self.seeds(task, key) if seeds is None else seeds
         return float(np.mean([self.value(task, key, seed, cell, figure) for seed in seeds])) if seeds else float("nan")
 
     def sets(self, task: str, key: Key) -> list[tuple[str, str]]:
         first = self._found[task, key, self.seeds(task, key)[0]]
         return list(dict.fromkeys((row["test"], row["subset"]) for rows in first.values() for row in rows))
 
-    def on_set(self, task: str, key: Key, test: str, subset: str, figure: str) -> float:
+    def on_set(self, task: str, key: Key, test: str, subset: str, figure: str, seeds: Sequence[int]) -> float:
         """Mean over the seeds on one set."""
-        rows = [
-            row for seed in self.seeds(task, key) for cell in self._found[task, key, seed].values() for row in cell
-        ]
+        rows = [row for seed in seeds for cell in self._found[task, key, seed].values() for row in cell]
         return float(np.mean([row[figure] for row in rows if (row["test"], row["subset"]) == (test, subset)]))
+
+    def common(self, task: str, key: Key) -> list[int]:
+        """The seeds that both the method and the baseline have, over which they are compared."""
+        return sorted(set(self.seeds(task, key)) & set(self.seeds(task, BASELINE)))
 
 
 def verdicts(figures: Figures, keys: Iterable[Key]) -> list[list[str]]:
@@ -72,29 +74,30 @@ def verdicts(figures: Figures, keys: Iterable[Key]) -> list[list[str]]:
 
 
 def common_tasks(figures: Figures, key: Key) -> list[str]:
-    return [task for task in figures.tasks if figures.seeds(task, key) and figures.seeds(task, BASELINE)]
+    return [task for task in figures.tasks if figures.common(task, key)]
 
 
 def verdict(figures: Figures, key: Key) -> list[str]:
-    """One line: means over the tasks of the ratios to the baseline, and of the difference in accuracy."""
-    tasks = common_tasks(figures, key)
-    on_sets = {
-        (task, *where): figures.on_set(task, key, *where, "nll") / figures.on_set(task, BASELINE, *where, "nll")
-        for task in tasks
-        for where in figures.sets(task, key)
-    }
+    """One line: means over the tasks of the ratios to the baseline of the same seeds, and of the gain in accuracy."""
+    seeds = {task: figures.common(task, key) for task in common_tasks(figures, key)}
+
+    def pair(task: str, *what: str) -> tuple[float, float]:
+        return tuple(figures.mean(task, kind, *what, seeds[task]) for kind in (key, BASELINE))
 
     def ratio(figure: str, cell: str) -> str:
-        found = [figures.mean(task, key, cell, figure) / figures.mean(task, BASELINE, cell, figure) for task in tasks]
+        found = [own / base for own, base in (pair(task, cell, figure) for task in seeds)]
         return f"{np.nanmean(found):.3f}"
 
-    accuracy = [figures.mean(t, key, "in-domain", "accuracy") for t in tasks]
-    gained = np.mean(accuracy) - np.mean([figures.mean(t, BASELINE, "in-domain", "accuracy") for t in tasks])
-    good = sum(value <= 1 for value in on_sets.values())
+    on_sets = [
+        np.divide(*(figures.on_set(task, kind, *where, "nll", seeds[task]) for kind in (key, BASELINE)))
+        for task in seeds
+        for where in figures.sets(task, key)
+    ]
+    gained = np.mean([own - base for own, base in (pair(task, "in-domain", "accuracy") for task in seeds)])
     return [
-        *(name_of(key), str(len(tasks)), f"{100 * gained:+.1f}"),
+        *(name_of(key), str(len(seeds)), f"{100 * gained:+.1f}"),
         *(ratio("nll", cell) for cell in CELLS),
-        *(f"{good} of {len(on_sets)}", f"{max(on_sets.values()):.3f}"),
+        *(f"{sum(value <= 1 for value in on_sets)} of {len(on_sets)}", f"{max(on_sets):.3f}"),
         *(ratio("ece", cell) for cell in CELLS[2:]),
     ]
 
@@ -126,7 +129,7 @@ def paired(figures: Figures, task: str, key: Key, cell: str, figure: str) -> str
     """Mean difference to the baseline over the seeds, with its 95 % t-interval."""
     from scipy import stats
 
-    seeds = sorted(set(figures.seeds(task, key)) & set(figures.seeds(task, BASELINE)))
+    seeds = figures.common(task, key)
     found = [figures.value(task, key, s, cell, figure) - figures.value(task, BASELINE, s, cell, figure) for s in seeds]
     if len(found) < 2:
         return f"{found[0]:+.3f}" if found else ""
