@@ -143,8 +143,10 @@ class Judge:
         return torch.stack([alone["expert_loss"] for alone in self._alone], dim=1)
 
     @torch.no_grad()
-    def measure(self, losses: Tensor) -> Measurement:
-        """The losses with each example's regret and disagreement, NaN where nothing probes."""
+    def measure(self, losses: Tensor, *, known: Measurement | None = None) -> Measurement:
+        """The losses with each example's regret and disagreement, NaN where nothing probes; or those known already."""
+        if known is not None:
+            return known._replace(losses=losses.detach().double())
         regret = torch.full_like(losses, float("nan"), dtype=torch.float64)
         disagreement = regret.clone()
         for number, (member, alone) in enumerate(zip(self._reading.members, self._alone, strict=True)):

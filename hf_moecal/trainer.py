@@ -245,7 +245,7 @@ class MoECalMixin:
             return self._judge.losses(outputs, plain=True).mean()
         balance = self._judge.balance()  # before the replays of what follows
         losses = self._judge.losses(outputs)
-        window.measured[self._measuring] = self._judge.measure(losses)
+        window.measured[self._measuring] = self._judge.measure(losses, known=window.known(self._measuring))
         if not torch.is_grad_enabled():
             return losses.sum()
         if balance is not None:

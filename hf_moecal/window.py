@@ -93,6 +93,10 @@ class Window:
         constant = self._constant if self.position == 0 else 0.0
         return self._sum(self.coefficients[self.position], losses, alone, balance) + constant
 
+    def known(self, index: int) -> Measurement | None:
+        """What a micro-batch measured before the batch was weighed; after that a probe has nothing to tell."""
+        return None if self.summary is None else self.measured[index]
+
     def settle(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Completes the gradients after the last backward pass; `False` if the window must be run again."""
         return True

@@ -247,6 +247,7 @@ def two_epochs(recipe: Any, sentences: int, states: str | None) -> Epochs:
     data = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=recipe.max_length))
     args, epochs = parse_arguments(recipe), Epochs()
     args.prefix_cache, args.num_train_epochs, args.logging_steps, args.disable_tqdm = states, 2, 1, True
+    args.router_aux_loss_coef = 0.0  # which the cache cannot have
     trainer = MoECalTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[epochs])
     trainer.train()
     return epochs

@@ -5,6 +5,9 @@ import sys
 
 import pytest
 from real_data import load_script
+from test_trainer import arguments, classification_data, classification_model, relative_error, trained_gradients
+
+from hf_moecal.tasks import Supervision
 
 
 @pytest.mark.slow
@@ -70,3 +73,16 @@ def test_chunks_of_a_large_vocabulary_take_the_memory_of_one(monkeypatch):
     monkeypatch.setattr(script, "MEASURES", {"body": None, "ours-900": None})
     found = script.measured()
     assert found["ours-900"]["peak"] - found["body"]["peak"] <= 300
+
+
+def test_an_optimizer_batch_is_probed_once(tmp_path, monkeypatch):
+    """In two passes too: what the first one measured holds for the second."""
+    trained, probed, original = [], [], Supervision.probed
+    monkeypatch.setattr(Supervision, "probed", lambda self, probe: probed.append(1) or original(self, probe))
+    for normalizer in ("two_pass", "streaming"):
+        args = arguments(tmp_path, objective="robust_filtered", gradient_accumulation_steps=4, normalizer=normalizer)
+        gradients, _ = trained_gradients(classification_model(), classification_data(8), args)
+        trained.append(gradients)
+        assert len(probed) == 4
+        probed.clear()
+    assert relative_error(*trained) <= 1e-5
