@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,6 +54,11 @@ class Anatomy:
     experts: list[nn.Module]
     tops: list[nn.Module]
     sites: dict[str, Site]
+
+    @cached_property
+    def checkpointable(self) -> list[nn.Module]:
+        """Modules of the outer model that have a switch for activation checkpointing."""
+        return [module for module in self.outer.modules() if hasattr(module, "gradient_checkpointing")]
 
 
 def anatomy(model: nn.Module, layers: list[MoELayer]) -> Anatomy:

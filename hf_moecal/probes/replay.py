@@ -50,7 +50,7 @@ def patched(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
 def replaying(parts: Anatomy, autocast: dict[str, Any]) -> Iterator[None]:
     """The setting of every replay: no checkpointing, no compiled code, the random state kept, chosen positions off."""
     with ExitStack() as stack:
-        checkpointed = [m for m in parts.outer.modules() if vars(m).get("gradient_checkpointing", False)]
+        checkpointed = [m for m in parts.checkpointable if vars(m).get("gradient_checkpointing", False)]
         for module in checkpointed:
             module.gradient_checkpointing = False
             stack.callback(setattr, module, "gradient_checkpointing", True)

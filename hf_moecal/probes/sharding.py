@@ -6,7 +6,7 @@ replays in the same order, whatever its own batch holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,9 +23,7 @@ def unsharded(parts: Anatomy, called: nn.Module) -> Iterator[None]:
 
     A module that is a unit itself, or that holds some, gathers their weights by its own hooks.
     """
-    shared = torch.distributed.is_available() and torch.distributed.is_initialized()
-    modules = parts.model.modules() if shared else ()  # a walk for every replay adds up
-    around = [module for module in modules if _is_unit(module) and called in module.modules()]
+    around = [module for module in _shared(parts) if _is_unit(module) and called in module.modules()]
     unit = around[-1] if around else called  # outer ones come first
     if unit is called:
         yield
@@ -39,8 +37,15 @@ def unsharded(parts: Anatomy, called: nn.Module) -> Iterator[None]:
 
 def is_sharded(parts: Anatomy) -> bool:
     """Whether running a module is a joint act of all processes: under FSDP2, and under DeepSpeed ZeRO-3."""
-    modules = parts.model.modules()
-    return any(_is_unit(module) or any(hasattr(p, "ds_id") for p in module._parameters.values()) for module in modules)
+    return any(
+        _is_unit(module) or any(hasattr(p, "ds_id") for p in module._parameters.values()) for module in _shared(parts)
+    )
+
+
+def _shared(parts: Anatomy) -> Iterable[nn.Module]:
+    """The modules whose weights processes may share out; none in one process, as every replay would walk them."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return parts.model.modules() if several else ()
 
 
 def most(count: int, device: torch.device) -> int:
