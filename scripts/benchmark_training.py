@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python scripts/benchmark_training.py --output recipes/results/training_cost.json
 
-`steps`: CPU time (not wall time: the machine may be shared) of an optimizer step as a ratio to the plain Trainer on
-the same model, data and batch. Short trainings of all methods take turns, and the figure is the median of the ratios
-within a turn. `cache`: the demo's model, an epoch after the first with against without the cache (needs
+`steps`: CPU time (the machine may be shared) of an optimizer step as a ratio to the plain Trainer on the same model,
+data and batch. Short trainings take turns, each after one of the plain Trainer; the figure is the median of these
+pairs' ratios. `cache`: the demo's model, an epoch after the first without against with the cache (needs
 `python scripts/fetch_data.py`). `memory`: loss and gradients of a model with 128,000 words at 2 x 1,024 tokens, peak
-resident memory above that of its body alone, every figure from a process of its own.
+resident memory above that of its body alone, each from a process of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import gc
 import json
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -139,8 +139,8 @@ def steps(turns: int) -> Iterator[Row]:
     for (train, accumulation), methods in GROUPS.items():
         ratios: dict[str, list[float]] = {method.name: [] for method in methods}
         for _ in range(turns):
-            plain = step_seconds(train, accumulation, None)
             for method in methods:
+                plain = step_seconds(train, accumulation, None)
                 ratios[method.name].append(step_seconds(train, accumulation, method.settings) / plain)
         for method in methods:
             each = sorted(ratios[method.name])
@@ -159,10 +159,8 @@ class Clock(TrainerCallback):
         self._last: float | None = None
 
     def on_step_end(self, args, state, control, **kwargs):
-        now = time.process_time()
-        if self._last is not None:
-            self.seconds.append(now - self._last)
-        self._last = now
+        last, self._last = self._last, time.process_time()
+        self.seconds += [] if last is None else [self._last - last]
 
 
 def step_seconds(train: str, accumulation: int, settings: dict[str, Any] | None) -> float:
@@ -276,7 +274,8 @@ def batch(supervised: int) -> dict[str, torch.Tensor]:
 
 
 def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """MiB; `ru_maxrss` would begin with the peak of the process that started this one."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
 
 
 def body_alone() -> dict[str, Any]:
@@ -326,11 +325,12 @@ MEASURES = {"body": body_alone} | {
 
 def measured() -> dict[str, Any]:
     """Every measure, taken in a process of its own."""
-    found = {}
-    for name in MEASURES:
+
+    def measure(name: str) -> Any:
         done = subprocess.run([sys.executable, __file__, "--measure", name], check=True, stdout=subprocess.PIPE)
-        found[name] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return {name: measure(name) for name in MEASURES}
 
 
 def memory() -> list[Row]:
