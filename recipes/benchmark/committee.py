@@ -30,7 +30,7 @@ from benchmark.settings import FULL, METHODS, TASKS  # noqa: E402
 from benchmark.training import predictions, train  # noqa: E402
 
 from hf_moecal import distill  # noqa: E402
-from hf_moecal.committee import CONTAINER, add_members  # noqa: E402
+from hf_moecal.committee import CONTAINER, add_members, drop_members  # noqa: E402
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
             method = METHODS[options.method]
             method = dataclasses.replace(method, arguments={**method.arguments, "readout_members": members})
             train(model, sets, method, "soft_mixture", FULL, cache=options.states, seed=seed)
-            show(f"seed {seed}, members {members}", judged(model, sets, "soft_mixture", options.states))
+            show(f"seed {seed}, members {members}", predictions(model, sets, "soft_mixture", cache=options.states))
         native = judged_native(model, sets, options.states)
         show(f"seed {seed}, its first member's native readout", native)
         unlabelled = sets.train.remove_columns("label")
@@ -63,29 +63,24 @@ def main() -> None:
             progress=False,
         )
         print(f"seed {seed}: KL {found.divergence[0]:.4f} -> {found.divergence[1]:.4f} nats")
-        show(f"seed {seed}, distilled", judged(model, sets, "native", options.states))
+        show(f"seed {seed}, distilled", predictions(model, sets, "native", cache=options.states))
 
 
 def start(model: Any, task: Any, sets: Sets, seed: int, members: int, states: str) -> None:
     """The model before a method trains it: specialists, and further members made of them."""
-    if hasattr(model, CONTAINER):
-        delattr(model, CONTAINER)
+    drop_members(model)
     draw(model, experts=task.experts, neurons=FULL.neurons, num_labels=sets.num_labels, seed=seed)
     specialise(model, task, sets, FULL, cache=states, seed=seed)
     if members > 1:
         add_members(model, members, seed=seed)
 
 
-def judged(model: Any, sets: Sets, readout: str, states: str) -> Dataset:
-    return predictions(model, sets, readout, cache=states)
-
-
 def judged_native(model: Any, sets: Sets, states: str) -> Dataset:
     """What the first member alone predicts natively."""
     container = getattr(model, CONTAINER)
-    delattr(model, CONTAINER)
+    drop_members(model)
     try:
-        return judged(model, sets, "native", states)
+        return predictions(model, sets, "native", cache=states)
     finally:
         model.add_module(CONTAINER, container)
 

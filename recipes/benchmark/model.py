@@ -19,7 +19,7 @@ from hf_moecal import find_moe_layers
 from hf_moecal.freezing import set_trainable
 from hf_moecal.prefix_cache import PrefixCache
 from hf_moecal.probes.router import find_routers
-from hf_moecal.probes.routing import bind_experts
+from hf_moecal.probes.routing import bind_experts, hooked
 from hf_moecal.recipe import expand
 
 
@@ -154,8 +154,5 @@ def _forced(model: nn.Module) -> Iterator[_Forced]:
         return (hidden, forced.experts[: len(hidden)], forced.weights()[: len(hidden)]), {}
 
     handles = [router.register_forward_hook(keep), layer.module.register_forward_pre_hook(send, with_kwargs=True)]
-    try:
+    with hooked(handles):
         yield forced
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -29,6 +29,12 @@ Runs = dict[tuple[str, int], dict[str, list[float]]]
 """By task and seed, the NLL of each set over the temperatures."""
 
 
+def cell_of(test: str, subset: str) -> str:
+    """In which of `CELLS` a set and subset count."""
+    where = "in-domain" if test == "in-domain" else "shifted"
+    return where if subset == "all" else f"{where} hard"
+
+
 class Figures:
     """The rows by task, key and seed; the unseen sets of a task are averaged under "shifted"."""
 
@@ -36,9 +42,8 @@ class Figures:
         self._found: dict[tuple[str, Key, int], dict[str, list[dict[str, Any]]]] = {}
         for row in rows:
             key = (row["method"], row["readout"], row["members"], row["posthoc"])
-            where = "in-domain" if row["test"] == "in-domain" else "shifted"
-            cell = where if row["subset"] == "all" else f"{where} hard"
-            self._found.setdefault((row["task"], key, row["seed"]), {}).setdefault(cell, []).append(row)
+            run = self._found.setdefault((row["task"], key, row["seed"]), {})
+            run.setdefault(cell_of(row["test"], row["subset"]), []).append(row)
         self.tasks = list(dict.fromkeys(row["task"] for row in rows))
         self.keys = list(dict.fromkeys(key for _, key, _ in self._found))
 
@@ -159,7 +164,7 @@ def equal_in_domain(curves: Sequence[dict[str, Any]]) -> list[list[str]]:
                 continue
             reached += 1
             for cell in ratios:
-                sets = [s for s in own if _cell(s) == cell]
+                sets = [s for s in own if cell_of(*s.rsplit("/", 1)) == cell]
                 if sets:
                     ratios[cell].append(
                         np.mean([own[s][places[-1]] for s in sets]) / np.mean([base[s][best] for s in sets])
@@ -170,12 +175,6 @@ def equal_in_domain(curves: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 EQUAL_HEAD = ("method", "runs that get there", *(f"NLL {cell}" for cell in CELLS[1:]))
-
-
-def _cell(name: str) -> str:
-    test, subset = name.rsplit("/", 1)
-    where = "in-domain" if test == "in-domain" else "shifted"
-    return where if subset == "all" else f"{where} hard"
 
 
 DRAWN = (
@@ -221,7 +220,7 @@ def _ratios(own: Runs, base: Runs, common: Sequence[tuple[str, int]], cell: str)
     """Mean over runs of a method's NLL at each temperature, as ratios to the baseline's at its best: `[T]`."""
     found = []
     for run in common:
-        sets = [name for name in own[run] if _cell(name) == cell]
+        sets = [name for name in own[run] if cell_of(*name.rsplit("/", 1)) == cell]
         if sets:
             best = int(np.argmin(base[run]["in-domain/all"]))
             reference = np.mean([base[run][name][best] for name in sets])

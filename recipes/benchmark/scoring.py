@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from benchmark.settings import COMMITTEES
 
-from hf_moecal.calibration import METHODS as CALIBRATORS
 from hf_moecal.calibration.selection import CANDIDATES, calibrate_table
+from hf_moecal.calibration.solver import log_softmax
 from hf_moecal.metrics import calibration_report
 from hf_moecal.table import columns
 
@@ -37,11 +37,6 @@ def read(table: Any, *, routing: bool = False) -> Table:
     found["hard"] = np.array([value is True for value in table["hard"][:]])
     found["logits"] = log_softmax(found["logits"].astype(float))
     return found
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def committee(members: Sequence[Table]) -> Table:
@@ -77,7 +72,7 @@ def calibrated(table: Table, method: str) -> Table:
         if method == "auto":
             fitted = calibrate_table(validation).calibrator
         else:
-            fitted = CANDIDATES.get(method, CALIBRATORS.get(method))().fit(validation)
+            fitted = CANDIDATES[method]().fit(validation)
         probs = fitted.apply({name: values for name, values in table.items() if name != "hard"})["probs"]
     return {**table, "logits": np.log(np.clip(np.asarray(probs, dtype=float), 1e-30, None))}
 
