@@ -26,7 +26,7 @@ _PUBLIC = {
     "predictions": ("predict",),
     "answers": ("predict_answers",),
     "metrics": ("calibration_metrics", "metric_path"),
-    "calibration": ("TemperatureCalibrator",),
+    "calibration": ("ConservativeTemperatureCalibrator", "TemperatureCalibrator"),
     "callback": ("MoECalCallback",),
     "hub": ("from_pretrained", "load_calibration"),
     "hub.joining": ("join_committee",),

@@ -12,6 +12,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
+from scipy.stats import ttest_rel
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
@@ -19,6 +20,7 @@ from hf_moecal import TemperatureCalibrator
 from hf_moecal.calibration import (
     METHODS,
     Calibrator,
+    ConservativeTemperatureCalibrator,
     GroupedTemperatureCalibrator,
     IsotonicCalibrator,
     PerExpertTemperatureCalibrator,
@@ -277,6 +279,43 @@ def test_robust_temperature_fits_the_hard_rows():
     with pytest.warns(UserWarning, match="No row is routing-relevant"):
         nothing = RobustTemperatureCalibrator(filtered=True).fit({**table, "regret": np.zeros(1000)})
     assert nothing.temperature == plain
+
+
+@pytest.mark.parametrize("level", [0.01, 0.05, 0.3])
+def test_conservative_temperature_is_the_highest_that_a_paired_test_accepts(level):
+    logits, label = drawn(1000)
+    fitted = ConservativeTemperatureCalibrator(level=level).fit({"logits": 3 * logits, "label": label})
+    plain = TemperatureCalibrator().fit({"logits": 3 * logits, "label": label}).temperature
+    assert fitted.optimum == plain < fitted.temperature
+    best = nll_by_loop(3 * logits, label, plain)
+
+    def p_value(temperature):
+        return ttest_rel(nll_by_loop(3 * logits, label, temperature), best, alternative="greater").pvalue
+
+    assert p_value(fitted.temperature) == pytest.approx(level, rel=1e-4)
+    between = np.geomspace(plain, fitted.temperature, 50)[1:-1]
+    assert all(p_value(temperature) > level for temperature in between)
+    assert p_value(1.02 * fitted.temperature) < level
+
+
+def test_conservative_temperature_nears_the_best_with_more_rows_and_is_it_at_one_half():
+    logits, label = drawn(40_000)
+    excess = []
+    for count in (400, 4000, 40_000):
+        fitted = ConservativeTemperatureCalibrator().fit({"logits": logits[:count], "label": label[:count]})
+        excess.append(np.log(fitted.temperature / fitted.optimum))
+    assert excess[0] > 2 * excess[1] > 4 * excess[2] > 0  # falls as 1 / sqrt(n): by 3.2 each time
+    half = ConservativeTemperatureCalibrator(level=0.5).fit({"logits": logits, "label": label})
+    assert half.temperature == pytest.approx(half.optimum, rel=1e-3)
+
+
+def test_conservative_temperature_wants_enough_rows():
+    logits, label = drawn(6, spread=0.3, seed=3)
+    with pytest.raises(ValueError, match="6 rows do not tell the best temperature, .* fit on more rows"):
+        ConservativeTemperatureCalibrator(level=0.001).fit({"logits": logits, "label": label})
+    for level in (0, 0.6, "5%"):
+        with pytest.raises(ValueError, match="'level' must be a number from 1e-06 to 0.5"):
+            ConservativeTemperatureCalibrator(level=level)
 
 
 def test_vector_scaling_matches_torch():

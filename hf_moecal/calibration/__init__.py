@@ -11,6 +11,7 @@ from hf_moecal.calibration.routed import (
     RoutingTemperatureCalibrator,
 )
 from hf_moecal.calibration.temperature import (
+    ConservativeTemperatureCalibrator,
     IdentityCalibrator,
     RobustTemperatureCalibrator,
     TemperatureCalibrator,
@@ -20,6 +21,7 @@ from hf_moecal.calibration.temperature import (
 __all__ = [
     "CalibrationRecord",
     "Calibrator",
+    "ConservativeTemperatureCalibrator",
     "GroupedTemperatureCalibrator",
     "IdentityCalibrator",
     "IsotonicCalibrator",
@@ -40,6 +42,7 @@ METHODS: dict[str, type[Calibrator]] = {
     for kind in (  # simplest first: the order in which a tie is broken
         IdentityCalibrator,
         TemperatureCalibrator,
+        ConservativeTemperatureCalibrator,
         RobustTemperatureCalibrator,
         GroupedTemperatureCalibrator,
         PerExpertTemperatureCalibrator,

@@ -34,6 +34,7 @@ AUTO = "auto"
 CANDIDATES: dict[str, Callable[[], Calibrator]] = {
     "none": METHODS["none"],
     "temperature": METHODS["temperature"],
+    "conservative_temperature": METHODS["conservative_temperature"],
     "robust_temperature": METHODS["robust_temperature"],
     "filtered_robust_temperature": lambda: RobustTemperatureCalibrator(filtered=True),
     "grouped_temperature": METHODS["grouped_temperature"],

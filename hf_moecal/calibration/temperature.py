@@ -1,4 +1,4 @@
-"""One temperature for all rows: the plain one, and the one that a robust objective asks for."""
+"""One temperature for all rows: the plain one, the one a robust objective asks for, and the most cautious one."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.special import stdtrit
 
 from hf_moecal.calibration.base import Calibrator, Rows
 from hf_moecal.calibration.parameters import checked_number, checked_temperature
-from hf_moecal.calibration.solver import TemperatureFit, fit_temperature, log_softmax
+from hf_moecal.calibration.solver import MAX_TEMPERATURE, TemperatureFit, fit_temperature, log_softmax, row_losses
 
 
 WIDE_INTERVAL = 1.5  # ratio of the interval's ends above which the sample is called too small
@@ -168,5 +170,82 @@ class RobustTemperatureCalibrator(TemperatureCalibrator):
         if type(parameters.get("filtered")) is not bool:
             raise ValueError("Parameter 'filtered' must be true or false.")
         calibrator = cls(eta=checked_number(parameters.get("eta"), "eta"), filtered=parameters["filtered"])
+        calibrator._take(parameters)
+        return calibrator
+
+
+class ConservativeTemperatureCalibrator(TemperatureCalibrator):
+    """The highest temperature that the fitted rows do not speak against: insurance that costs nothing measurable.
+
+    A shift nearly always leaves a model too sure, hardly ever not sure enough. The loss is flat around its best
+    temperature, so labelled rows only tell a range of temperatures. This takes the upper end: the highest T at which
+    a one-sided paired t-test of the rows' losses against those at the best T does not reject at `level`. The more
+    rows, the closer the two are. After the fit, `temperature` is that T and `optimum` the best one.
+
+    Args:
+        level: of the test, above 0 and at most 0.5, which gives the best temperature itself.
+
+    Raises:
+        ValueError: in `fit`, so few rows that even the highest temperature is not rejected.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from hf_moecal import ConservativeTemperatureCalibrator
+    >>> rng = np.random.default_rng(0)
+    >>> logits = rng.normal(size=(2000, 3))
+    >>> label = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)  # drawn from softmax(logits)
+    >>> calibrator = ConservativeTemperatureCalibrator().fit({"logits": logits, "label": label})
+    >>> calibrator.optimum < calibrator.temperature < 1.2 * calibrator.optimum
+    True
+
+    ```
+
+    Source: our own; in the spirit of the one-standard-error rule of Breiman et al., "Classification and Regression
+    Trees" (1984), section 3.4.3. Measured in recipes/RESULTS.md, "The benchmark".
+    """
+
+    method = "conservative_temperature"
+
+    optimum: float
+
+    def __init__(self, *, level: float = 0.05) -> None:
+        self.level = checked_number(level, "level", low=1e-6, high=0.5)
+
+    def _fit(self, rows: Rows) -> None:
+        super()._fit(rows)
+        self.optimum, self.interval = self.temperature, None
+        self.temperature = self._highest(rows)
+
+    def _highest(self, rows: Rows) -> float:
+        """Where the test begins to reject, found on the logarithm of T."""
+        best = row_losses(rows.logits, rows.labels, 1 / self.optimum)[0]
+        critical = stdtrit(max(len(rows) - 1, 1), 1 - self.level)
+
+        def evidence(log_temperature: float) -> float:
+            """How far the test statistic is above its critical value, in standard errors."""
+            lost = row_losses(rows.logits, rows.labels, np.exp(-log_temperature))[0] - best
+            error = lost.std(ddof=1) / np.sqrt(len(lost)) if len(lost) > 1 else np.inf
+            return lost.mean() / error - critical if error > 0 else -critical
+
+        low, end = np.log(self.optimum), np.log(MAX_TEMPERATURE)
+        while low < end:
+            high = min(low + 0.1, end)
+            if evidence(high) > 0:
+                return float(np.exp(brentq(evidence, low, high, xtol=1e-10)))
+            low = high
+        raise ValueError(
+            f"These {len(rows)} rows do not tell the best temperature, {self.optimum:.3g}, from one of "
+            f"{MAX_TEMPERATURE:g} at level {self.level:g}; fit on more rows, or use 'temperature'."
+        )
+
+    def parameters(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "optimum": self.optimum, "level": self.level}
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any]) -> ConservativeTemperatureCalibrator:
+        calibrator = cls(level=parameters.get("level"))
+        calibrator.optimum = checked_temperature(parameters.get("optimum"), "optimum")
         calibrator._take(parameters)
         return calibrator
