@@ -43,6 +43,7 @@ from hf_moecal.prefix_cache import PrefixCache  # noqa: E402
 VERSION = 1  # raise it whenever the code of the benchmark would train or predict otherwise
 DENSE = Method("dense", dict(objective="erm"), ("native",))
 HARD_ROUTED = "erm-hard_routing"
+ORACLE = "oracle_temperature"
 
 
 def main() -> None:
@@ -179,7 +180,7 @@ def write(tasks: list[Task], budget: Budget, folder: Path, output: Path) -> None
                 run = {**names, "members": members, "seed": seed}
                 for posthoc in posthoc_of(method, readout, members):
                     try:
-                        shown = table if posthoc == "none" else scoring.calibrated(table, posthoc)
+                        shown = judged(table, posthoc)
                     except ValueError as error:  # a handful of rows, in the smoke run
                         print(f"{task.name} {method.name} seed {seed}: no {posthoc}: {error}")
                         continue
@@ -193,13 +194,22 @@ def write(tasks: list[Task], budget: Budget, folder: Path, output: Path) -> None
 
 
 def posthoc_of(method: Method, readout: str, members: int) -> tuple[str, ...]:
-    """The calibrators that a method is judged with: all for plain ERM, else a temperature.
+    """The calibrators that a method is judged with: all for plain ERM, else a temperature, the best and the highest.
 
     A temperature for each group is out: an unseen group has none.
     """
     if (method.name, readout, members) == ("erm", "native", 1):
-        return (*(name for name in CANDIDATES if name != "grouped_temperature"), "auto")
-    return ("none", "temperature")
+        return (*(name for name in CANDIDATES if name != "grouped_temperature"), "auto", ORACLE)
+    further = {("erm", "soft_mixture", 1): ("per_expert_temperature",), ("erm", "soft_mixture", 4): (ORACLE,)}
+    usual = ("none", "temperature", "conservative_temperature")
+    return (*usual, *further.get((method.name, readout, members), ()))
+
+
+def judged(table: scoring.Table, posthoc: str) -> scoring.Table:
+    """The table as a calibrator leaves it."""
+    if posthoc == ORACLE:
+        return scoring.with_oracle(table)
+    return table if posthoc == "none" else scoring.calibrated(table, posthoc)
 
 
 if __name__ == "__main__":

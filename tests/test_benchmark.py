@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from real_data import RECIPES, SCRIPTS, dense_model, load_script
 
+from hf_moecal import TemperatureCalibrator
+
 
 settings, scoring, report = (load_script(f"benchmark.{name}", RECIPES) for name in ("settings", "scoring", "report"))
 
@@ -65,6 +67,15 @@ def test_a_calibrator_sees_validation_rows_alone():
     other["label"] = np.where(other["group"] == "validation", other["label"], 0)
     found, same = (scoring.calibrated(t, "temperature")["logits"] for t in (one, other))
     assert np.array_equal(found, same) and not np.allclose(found, one["logits"])
+
+
+def test_the_oracle_gives_each_set_its_own_temperature():
+    one = table(0)
+    found = scoring.with_oracle(one)
+    for name in ("in-domain", "there"):
+        here = one["group"] == name
+        best = TemperatureCalibrator().fit({k: one[k][here] for k in ("logits", "label")}).temperature
+        assert np.abs(found["logits"][here] - scoring.log_softmax(one["logits"][here] / best)).max() < 1e-12
 
 
 def test_ratios_are_to_the_baseline_of_the_same_task():

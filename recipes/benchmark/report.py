@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 from benchmark.scoring import TEMPERATURES  # noqa: E402
+from benchmark.settings import SENSITIVITY_TASKS, TASKS  # noqa: E402
 
 
 BASELINE = ("erm", "native", 1, "temperature")
@@ -73,18 +74,19 @@ class Figures:
         return sorted(set(self.seeds(task, key)) & set(self.seeds(task, BASELINE)))
 
 
-def verdicts(figures: Figures, keys: Iterable[Key]) -> list[list[str]]:
-    """Each method against ERM with a converged temperature, over all tasks that both ran on."""
-    return [verdict(figures, key) for key in keys if common_tasks(figures, key)]
+def verdicts(figures: Figures, keys: Iterable[Key], tasks: Sequence[str] | None = None) -> list[list[str]]:
+    """Each method against ERM with a converged temperature, over the tasks (all, if unset) that both ran on."""
+    lines = []
+    for key in keys:
+        seeds = {task: figures.common(task, key) for task in tasks or figures.tasks}
+        seeds = {task: found for task, found in seeds.items() if found}
+        if seeds:
+            lines.append(verdict(figures, key, seeds))
+    return lines
 
 
-def common_tasks(figures: Figures, key: Key) -> list[str]:
-    return [task for task in figures.tasks if figures.common(task, key)]
-
-
-def verdict(figures: Figures, key: Key) -> list[str]:
+def verdict(figures: Figures, key: Key, seeds: Mapping[str, Sequence[int]]) -> list[str]:
     """One line: means over the tasks of the ratios to the baseline of the same seeds, and of the gain in accuracy."""
-    seeds = {task: figures.common(task, key) for task in common_tasks(figures, key)}
 
     def pair(task: str, *what: str) -> tuple[float, float]:
         return tuple(figures.mean(task, kind, *what, seeds[task]) for kind in (key, BASELINE))
@@ -100,7 +102,7 @@ def verdict(figures: Figures, key: Key) -> list[str]:
     ]
     gained = np.mean([own - base for own, base in (pair(task, "in-domain", "accuracy") for task in seeds)])
     return [
-        *(name_of(key), str(len(seeds)), f"{100 * gained:+.1f}"),
+        *(name_of(key), f"{len(seeds)} / {sum(map(len, seeds.values()))}", f"{100 * gained:+.1f}"),
         *(ratio("nll", cell) for cell in CELLS),
         *(f"{sum(value <= 1 for value in on_sets)} of {len(on_sets)}", f"{max(on_sets):.3f}"),
         *(ratio("ece", cell) for cell in CELLS[2:]),
@@ -108,8 +110,8 @@ def verdict(figures: Figures, key: Key) -> list[str]:
 
 
 VERDICT_HEAD = (
-    "method", "tasks", "accuracy, points", *(f"NLL {cell}" for cell in CELLS), "sets at or below 1", "worst set",
-    "ECE shifted", "ECE shifted hard",
+    "method", "tasks / runs", "accuracy, points", *(f"NLL {cell}" for cell in CELLS), "sets at or below 1",
+    "worst set", "ECE shifted", "ECE shifted hard",
 )  # fmt: skip
 
 
@@ -250,6 +252,14 @@ def main() -> None:
     curves = json.loads((options.results / "benchmark_curves.json").read_text())
     ordered = sorted(figures.keys, key=lambda key: (key[2], key[1], key[3] != "none"))
     print("### Against ERM + converged temperature\n\n" + markdown(VERDICT_HEAD, verdicts(figures, ordered)))
+    confirmed = [name for name, task in TASKS.items() if task.shift.startswith("confirmation")]
+    print("\n### The same, on the shifts that were kept to confirm it\n")
+    print(markdown(VERDICT_HEAD, verdicts(figures, ordered, confirmed)))
+    print("\n### How much depends on eta, warm-up and quantile: on the tasks that all of them ran on\n")
+    varied = [
+        key for key in ordered if key[0].startswith("robust_filtered") and key[1:] == ("soft_mixture", 1, "none")
+    ]
+    print(markdown(VERDICT_HEAD, verdicts(figures, varied, SENSITIVITY_TASKS)))
     print("\n### At ERM's in-domain NLL\n\n" + markdown(EQUAL_HEAD, equal_in_domain(curves)))
     for task in figures.tasks:
         print(f"\n### {task}\n\n" + markdown(TASK_HEAD, per_task(figures, ordered, task)))

@@ -63,6 +63,12 @@ TASKS = {
             tuple(name for name, seen in _NEWSGROUPS.items() if not seen), data="newsgroups",
         ),
         replace(_leave_out("reviews", experts=8), name="reviews-out-8", shift="unseen domain: reviews, eight experts"),
+        # To confirm what the tasks above had shown: run once, when nothing was chosen any more.
+        *(
+            Task(f"from-{name}", f"confirmation: {name} to the three others", (name,),
+                 tuple(other for other in SENTIMENT if other != name), specialised=False)
+            for name in ("tweets", "editorials")
+        ),
     )
 }  # fmt: skip
 
@@ -86,7 +92,8 @@ class Method:
 
 _FILTERED = dict(objective="robust_filtered")
 _MIXED = dict(readouts=("soft_mixture",))
-_SENSITIVITY = dict(**_MIXED, tasks=("tweets-out", "reviews-out"))
+SENSITIVITY_TASKS = ("tweets-out", "reviews-out")
+_SENSITIVITY = dict(**_MIXED, tasks=SENSITIVITY_TASKS)
 
 METHODS = {
     method.name: method
