@@ -26,8 +26,8 @@ BASELINE = ("erm", "native", 1, "temperature")
 CELLS = ("in-domain", "in-domain hard", "shifted", "shifted hard")
 Key = tuple[str, str, int, str]
 """Method, readout, members, calibrator."""
-Runs = dict[tuple[str, int], dict[str, list[float]]]
-"""By task and seed, the NLL of each set over the temperatures."""
+Curves = dict[str, list[float]]
+"""NLL of each set, `"name/subset"`, over the temperatures."""
 
 
 def cell_of(test: str, subset: str) -> str:
@@ -152,28 +152,32 @@ def equal_in_domain(curves: Sequence[dict[str, Any]]) -> list[list[str]]:
     """
     runs = {(c["task"], c["method"], c["readout"], c["members"], c["seed"]): c["nll"] for c in curves}
     lines, kinds = [], dict.fromkeys(key[1:4] for key in runs)
-    for method, readout, members in kinds:
-        ratios: dict[str, list[float]] = {cell: [] for cell in CELLS[1:]}
-        count = reached = 0
-        for (task, *kind, seed), own in runs.items():
-            base = runs.get((task, "erm", "native", 1, seed))
-            if tuple(kind) != (method, readout, members) or base is None:
-                continue
-            count += 1
-            best = int(np.argmin(base["in-domain/all"]))
-            places = np.flatnonzero(np.array(own["in-domain/all"]) <= base["in-domain/all"][best] * (1 + 1e-6))
-            if not len(places):
-                continue
-            reached += 1
-            for cell in ratios:
-                sets = [s for s in own if cell_of(*s.rsplit("/", 1)) == cell]
-                if sets:
-                    ratios[cell].append(
-                        np.mean([own[s][places[-1]] for s in sets]) / np.mean([base[s][best] for s in sets])
-                    )
-        shown = [f"{np.mean(values):.3f}" if values else "" for values in ratios.values()]
-        lines.append([name_of((method, readout, members, "")), f"{reached} of {count}", *shown])
+    for kind in kinds:
+        of_kind = [(own, (key[0], *BASELINE[:3], key[4])) for key, own in runs.items() if key[1:4] == kind]
+        pairs = [(own, runs[base]) for own, base in of_kind if base in runs]
+        ratios: dict[str, list[float]] = {cell: [] for cell in CELLS}
+        for own, base in pairs:
+            places = np.flatnonzero(relative(own, base, "in-domain") <= 1 + 1e-6)
+            for cell, values in ratios.items():
+                relation = relative(own, base, cell)
+                if len(places) and relation is not None:
+                    values.append(relation[places[-1]])
+        reached = f"{len(ratios['in-domain'])} of {len(pairs)}"
+        shown = [f"{np.mean(ratios[cell]):.3f}" if ratios[cell] else "" for cell in CELLS[1:]]
+        lines.append([name_of((*kind, "")), reached, *shown])
     return lines
+
+
+def relative(own: Curves, base: Curves, cell: str) -> np.ndarray | None:
+    """A run's mean NLL on the sets of a cell over the temperatures, as ratios to the baseline's at its best: `[T]`.
+
+    `None` where the cell has no set.
+    """
+    sets = [name for name in own if cell_of(*name.rsplit("/", 1)) == cell]
+    if not sets:
+        return None
+    best = int(np.argmin(base["in-domain/all"]))
+    return np.mean([own[name] for name in sets], axis=0) / np.mean([base[name][best] for name in sets])
 
 
 EQUAL_HEAD = ("method", "runs that get there", *(f"NLL {cell}" for cell in CELLS[1:]))
@@ -204,7 +208,8 @@ def draw_curves(curves: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.8), sharex=True, layout="constrained")
     one = int(np.argmin(abs(TEMPERATURES - 1)))
     for kind in drawn:
-        means = {cell: _ratios(runs[kind], runs[BASELINE[:3]], common, cell) for cell in CELLS}
+        found = {cell: [relative(runs[kind][run], runs[BASELINE[:3]][run], cell) for run in common] for cell in CELLS}
+        means = {cell: np.mean([one for one in ones if one is not None], axis=0) for cell, ones in found.items()}
         for axis, cell in zip(axes, CELLS[1:], strict=True):
             (line,) = axis.plot(means["in-domain"], means[cell], label=name_of((*kind, "")), lw=1.6)
             axis.plot(means["in-domain"][one], means[cell][one], "o", color=line.get_color(), ms=6)
@@ -216,18 +221,6 @@ def draw_curves(curves: Sequence[dict[str, Any]], path: Path) -> None:
     figure.suptitle("Over temperature, relative to ERM at its best temperature; lower and further left is better")
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def _ratios(own: Runs, base: Runs, common: Sequence[tuple[str, int]], cell: str) -> np.ndarray:
-    """Mean over runs of a method's NLL at each temperature, as ratios to the baseline's at its best: `[T]`."""
-    found = []
-    for run in common:
-        sets = [name for name in own[run] if cell_of(*name.rsplit("/", 1)) == cell]
-        if sets:
-            best = int(np.argmin(base[run]["in-domain/all"]))
-            reference = np.mean([base[run][name][best] for name in sets])
-            found.append(np.mean([own[run][name] for name in sets], axis=0) / reference)
-    return np.mean(found, axis=0)
 
 
 def name_of(key: Key) -> str:
