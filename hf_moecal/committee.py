@@ -25,9 +25,11 @@ from .probes.routing import hooked, upcast
 
 
 MEMBERS_FILE = "members.safetensors"
-SPREAD, HEAD_SPREAD = 0.1, 1.0
-"""Noise on the weight matrices of a further member's block, and of a classifier's head, in units of each matrix's own
-root mean square. Much more than a tenth costs pretrained experts what they know; a head is new, or quickly learnt."""
+SPREAD, HEAD_SPREAD, LANGUAGE_SPREAD = 0.5, 1.0, 0.1
+"""Noise on the matrices of a further member's block and head, in units of each matrix's own root mean square.
+
+A classifier's members need much to differ (recipes/readout.md has the numbers), and learn again what it costs together
+with their new heads. In a language model more than a tenth costs experts what they know, and the head gets none."""
 _EXACT = 1e-5
 
 
@@ -66,8 +68,9 @@ def member_names(model: nn.Module) -> dict[str, str]:
 def add_members(model: nn.Module, count: int, *, seed: int) -> None:
     """Makes a committee of a model: further members for all that trains in it, in place.
 
-    A member starts from the model's weights with noise of its own on every matrix of router and experts (`SPREAD`)
-    and of a classifier's head (`HEAD_SPREAD`). A language model's head, and vectors (norms, biases), start equal.
+    A member starts from the model's weights with noise of its own on every matrix of router and experts: `SPREAD` in
+    a classifier, with `HEAD_SPREAD` on its head, and `LANGUAGE_SPREAD` in a language model. A language model's head,
+    and vectors (norms, biases), start equal.
 
     Args:
         model (`PreTrainedModel`): with what trains chosen by `set_trainable(model, "last_moe_layer")`.
@@ -82,8 +85,8 @@ def add_members(model: nn.Module, count: int, *, seed: int) -> None:
             raise ValueError(f"The model has {count_members(model)} members already, so it cannot train {count}.")
         return
     own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    spread = dict.fromkeys(own, SPREAD)
-    new = HEAD_SPREAD if model.get_output_embeddings() is None else 0.0
+    block, new = (SPREAD, HEAD_SPREAD) if model.get_output_embeddings() is None else (LANGUAGE_SPREAD, 0.0)
+    spread = dict.fromkeys(own, block)
     for head in head_modules(model):
         spread |= {name: new for name in own if name.startswith(f"{head}.")}
     members = range(1, count)
