@@ -284,8 +284,9 @@ def test_robust_temperature_fits_the_hard_rows():
 @pytest.mark.parametrize("level", [0.01, 0.05, 0.3])
 def test_conservative_temperature_is_the_highest_that_a_paired_test_accepts(level):
     logits, label = drawn(1000)
-    fitted = ConservativeTemperatureCalibrator(level=level).fit({"logits": 3 * logits, "label": label})
-    plain = TemperatureCalibrator().fit({"logits": 3 * logits, "label": label}).temperature
+    table = {"logits": 3 * logits, "label": label}
+    fitted = ConservativeTemperatureCalibrator(level=level, tolerance=1.0).fit(table)
+    plain = TemperatureCalibrator().fit(table).temperature
     assert fitted.optimum == plain < fitted.temperature
     best = nll_by_loop(3 * logits, label, plain)
 
@@ -298,24 +299,37 @@ def test_conservative_temperature_is_the_highest_that_a_paired_test_accepts(leve
     assert p_value(1.02 * fitted.temperature) < level
 
 
+@pytest.mark.parametrize("tolerance", [0.001, 0.01])
+def test_conservative_temperature_costs_no_more_than_it_may(tolerance):
+    logits, label = drawn(80)
+    fitted = ConservativeTemperatureCalibrator(level=0.01, tolerance=tolerance).fit({"logits": logits, "label": label})
+    losses = [nll_by_loop(logits, label, t).mean() for t in (fitted.temperature, fitted.optimum)]
+    assert losses[0] / losses[1] - 1 == pytest.approx(tolerance, rel=1e-6) and fitted.temperature > fitted.optimum
+
+
 def test_conservative_temperature_nears_the_best_with_more_rows_and_is_it_at_one_half():
     logits, label = drawn(40_000)
     excess = []
     for count in (400, 4000, 40_000):
-        fitted = ConservativeTemperatureCalibrator().fit({"logits": logits[:count], "label": label[:count]})
+        fitted = ConservativeTemperatureCalibrator(tolerance=1.0).fit(
+            {"logits": logits[:count], "label": label[:count]}
+        )
         excess.append(np.log(fitted.temperature / fitted.optimum))
     assert excess[0] > 2 * excess[1] > 4 * excess[2] > 0  # falls as 1 / sqrt(n): by 3.2 each time
     half = ConservativeTemperatureCalibrator(level=0.5).fit({"logits": logits, "label": label})
     assert half.temperature == pytest.approx(half.optimum, rel=1e-3)
 
 
-def test_conservative_temperature_wants_enough_rows():
-    logits, label = drawn(6, spread=0.3, seed=3)
-    with pytest.raises(ValueError, match="6 rows do not tell the best temperature, .* fit on more rows"):
-        ConservativeTemperatureCalibrator(level=0.001).fit({"logits": logits, "label": label})
-    for level in (0, 0.6, "5%"):
-        with pytest.raises(ValueError, match="'level' must be a number from 1e-06 to 0.5"):
-            ConservativeTemperatureCalibrator(level=level)
+def test_conservative_temperature_refuses_settings_and_rows_that_bound_nothing():
+    for setting in ({"level": 0}, {"level": 0.6}, {"level": "5%"}, {"tolerance": 0}, {"tolerance": -0.1}):
+        (name,) = setting
+        with pytest.raises(ValueError, match=f"'{name}' must be a number from 1e-06"):
+            ConservativeTemperatureCalibrator(**setting)
+    label = np.array([0, 1] * 50)
+    logits = np.zeros((100, 2))
+    logits[:51, 0] = 1e-3  # hardly anything
+    with pytest.raises(ValueError, match="say nothing about the labels|do not tell the best temperature"):
+        ConservativeTemperatureCalibrator().fit({"logits": logits, "label": label})
 
 
 def test_vector_scaling_matches_torch():

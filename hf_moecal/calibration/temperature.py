@@ -178,15 +178,17 @@ class ConservativeTemperatureCalibrator(TemperatureCalibrator):
     """The highest temperature that the fitted rows do not speak against: insurance that costs nothing measurable.
 
     A shift nearly always leaves a model too sure, hardly ever not sure enough. The loss is flat around its best
-    temperature, so labelled rows only tell a range of temperatures. This takes the upper end: the highest T at which
-    a one-sided paired t-test of the rows' losses against those at the best T does not reject at `level`. The more
-    rows, the closer the two are. After the fit, `temperature` is that T and `optimum` the best one.
+    temperature, so labelled rows only tell a range of temperatures. This takes its upper end: the highest T that
+    raises their mean loss by no more than `tolerance`, and at which a one-sided paired t-test of the rows' losses
+    against those at the best T does not reject at `level`. With few rows the tolerance decides, with many the test.
+    After the fit, `temperature` is that T and `optimum` the best one.
 
     Args:
         level: of the test, above 0 and at most 0.5, which gives the best temperature itself.
+        tolerance: share of the mean loss, above 0.
 
     Raises:
-        ValueError: in `fit`, so few rows that even the highest temperature is not rejected.
+        ValueError: in `fit`, rows that tell no temperature from any other.
 
     Example:
 
@@ -210,8 +212,9 @@ class ConservativeTemperatureCalibrator(TemperatureCalibrator):
 
     optimum: float
 
-    def __init__(self, *, level: float = 0.05) -> None:
+    def __init__(self, *, level: float = 0.05, tolerance: float = 0.01) -> None:
         self.level = checked_number(level, "level", low=1e-6, high=0.5)
+        self.tolerance = checked_number(tolerance, "tolerance", low=1e-6)
 
     def _fit(self, rows: Rows) -> None:
         super()._fit(rows)
@@ -219,33 +222,36 @@ class ConservativeTemperatureCalibrator(TemperatureCalibrator):
         self.temperature = self._highest(rows)
 
     def _highest(self, rows: Rows) -> float:
-        """Where the test begins to reject, found on the logarithm of T."""
+        """Where the first of the two begins to speak against, found on the logarithm of T."""
         best = row_losses(rows.logits, rows.labels, 1 / self.optimum)[0]
+        allowed = self.tolerance * best.mean()
         critical = stdtrit(max(len(rows) - 1, 1), 1 - self.level)
 
-        def evidence(log_temperature: float) -> float:
-            """How far the test statistic is above its critical value, in standard errors."""
+        def excess(log_temperature: float) -> float:
+            """Above zero where the mean loss rises by more than is allowed, or by more than chance would have it."""
             lost = row_losses(rows.logits, rows.labels, np.exp(-log_temperature))[0] - best
             error = lost.std(ddof=1) / np.sqrt(len(lost)) if len(lost) > 1 else np.inf
-            return lost.mean() / error - critical if error > 0 else -critical
+            statistic = lost.mean() / error if error > 0 else 0.0  # no difference at all, at the optimum
+            return max(lost.mean() / allowed - 1, statistic - critical)
 
         low, end = np.log(self.optimum), np.log(MAX_TEMPERATURE)
         while low < end:
             high = min(low + 0.1, end)
-            if evidence(high) > 0:
-                return float(np.exp(brentq(evidence, low, high, xtol=1e-10)))
+            if excess(high) > 0:
+                return float(np.exp(brentq(excess, low, high, xtol=1e-10)))
             low = high
         raise ValueError(
             f"These {len(rows)} rows do not tell the best temperature, {self.optimum:.3g}, from one of "
-            f"{MAX_TEMPERATURE:g} at level {self.level:g}; fit on more rows, or use 'temperature'."
+            f"{MAX_TEMPERATURE:g}: the scores say next to nothing about the labels. Check that they match."
         )
 
     def parameters(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, "optimum": self.optimum, "level": self.level}
+        settings = {"level": self.level, "tolerance": self.tolerance}
+        return {"temperature": self.temperature, "optimum": self.optimum, **settings}
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any]) -> ConservativeTemperatureCalibrator:
-        calibrator = cls(level=parameters.get("level"))
+        calibrator = cls(level=parameters.get("level"), tolerance=parameters.get("tolerance"))
         calibrator.optimum = checked_temperature(parameters.get("optimum"), "optimum")
         calibrator._take(parameters)
         return calibrator

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, ge
 from upcycle import load_dense, moe_config
 
 from hf_moecal import find_moe_layers
+from hf_moecal.committee import member_names
 from hf_moecal.freezing import set_trainable
 from hf_moecal.prefix_cache import PrefixCache
 from hf_moecal.probes.router import find_routers
@@ -75,12 +76,17 @@ def draw(model: PreTrainedModel, *, experts: int, neurons: int, num_labels: int,
 
 
 def parameter_groups(model: nn.Module, rate: float) -> list[dict[str, Any]]:
-    """What trains, the router ten times as fast."""
+    """What trains, the router of each member ten times as fast."""
+    stands_for = member_names(model)
     routers = {id(p) for router in find_routers(model).values() for p in router.parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
+    first = dict(model.named_parameters())
+    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in first.items():
+        if parameter.requires_grad:
+            groups[id(first[stands_for.get(name, name)]) in routers].append(parameter)
     return [
-        {"params": [p for p in trained if id(p) not in routers], "lr": rate, "weight_decay": 0.01},
-        {"params": [p for p in trained if id(p) in routers], "lr": ROUTER_RATE * rate, "weight_decay": 0.0},
+        {"params": groups[False], "lr": rate, "weight_decay": 0.01},
+        {"params": groups[True], "lr": ROUTER_RATE * rate, "weight_decay": 0.0},
     ]
 
 

@@ -63,12 +63,15 @@ TASKS = {
             tuple(name for name, seen in _NEWSGROUPS.items() if not seen), data="newsgroups",
         ),
         replace(_leave_out("reviews", experts=8), name="reviews-out-8", shift="unseen domain: reviews, eight experts"),
-        # To confirm what the tasks above had shown: run once, when nothing was chosen any more.
         *(
-            Task(f"from-{name}", f"confirmation: {name} to the three others", (name,),
+            Task(f"from-{name}", f"one small domain to three: {name}", (name,),
                  tuple(other for other in SENTIMENT if other != name), specialised=False)
             for name in ("tweets", "editorials")
         ),
+        # To confirm what the tasks above had shown: run when nothing was chosen any more.
+        Task("from-reviews", "confirmation: one small domain to three", ("reviews",),
+             ("movie", "tweets", "editorials"), specialised=False),
+        Task("topics-swapped", "confirmation: other topics unseen", ("2", "3", "4", "5"), ("0", "1"), data="topics"),
     )
 }  # fmt: skip
 
