@@ -22,8 +22,9 @@ from hf_moecal.readout import Readout
 def join_committee(members: Sequence[str | Path], output: str | Path) -> Path:
     """Writes one checkpoint folder that predicts as a committee of several, in equal shares.
 
-    Each was trained with `train="last_moe_layer"` from the same checkpoint, with a seed of its own. Runs of different
-    seeds differ in the order of the data too, which members that train in one run (`readout_members`) do not.
+    Each was trained with `train="last_moe_layer"` from the same checkpoint, with a seed of its own. What makes them
+    worth mixing is that they start apart, as with a new head each: runs that differ in the order of the data alone
+    are together no better than one (recipes/readout.md).
 
     Args:
         members (`Sequence[str or Path]`): folders of the checkpoints; the first is what plain transformers loads.

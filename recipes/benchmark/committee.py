@@ -1,9 +1,10 @@
 """A committee trained at once, against one member and against runs apart; then distilled into one native model.
 
     python recipes/benchmark/committee.py --task reviews-out --seeds 0 1
+    python recipes/benchmark/committee.py --method erm --members 4 --noise 0.3
 
-Prints NLL and ECE in-domain and on the unseen set. `readout_members=2` trains both members in one run, on one order of
-the data; the benchmark's committees are runs of different seeds.
+Prints NLL and ECE in-domain and on the unseen set. Here the members train in one run and start from one specialised
+model, apart by noise; the benchmark's committees are runs of different seeds.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from benchmark.model import draw, specialise, upcycled  # noqa: E402
 from benchmark.settings import FULL, METHODS, TASKS  # noqa: E402
 from benchmark.training import predictions, train  # noqa: E402
 
-from hf_moecal import distill  # noqa: E402
+from hf_moecal import committee, distill  # noqa: E402
 from hf_moecal.committee import CONTAINER, add_members, drop_members  # noqa: E402
 
 
@@ -38,13 +39,16 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, default="reviews-out")
     parser.add_argument("--method", choices=METHODS, default="robust_filtered-eta-1")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--members", type=int, default=2)
+    parser.add_argument("--noise", type=float, default=committee.SPREAD, help="on router and experts of a member")
     parser.add_argument("--states", default=str(ROOT / "runs" / "benchmark" / "states"), help="cache of frozen states")
     options = parser.parse_args()
     datasets.disable_progress_bars()
+    committee.SPREAD = options.noise
     task, model = TASKS[options.task], upcycled(FULL)
     sets = load_task(task, FULL)
     for seed in options.seeds:
-        for members in (1, 2):
+        for members in (1, options.members):
             start(model, task, sets, seed, members, options.states)
             method = METHODS[options.method]
             method = dataclasses.replace(method, arguments={**method.arguments, "readout_members": members})
