@@ -8,6 +8,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from real_data import RECIPES, SCRIPTS, dense_model, load_script
 
 from hf_moecal import TemperatureCalibrator
@@ -69,6 +70,7 @@ def test_a_calibrator_sees_validation_rows_alone():
     assert np.array_equal(found, same) and not np.allclose(found, one["logits"])
 
 
+@pytest.mark.filterwarnings("ignore:.*labelled rows")
 def test_the_oracle_gives_each_set_its_own_temperature():
     one = table(0)
     found = scoring.with_oracle(one)
@@ -107,6 +109,21 @@ def test_at_equal_in_domain_loss():
     lines = {line[0]: line for line in report.equal_in_domain(runs)}
     assert lines["same"][1:] == ["1 of 1", "", "1.000", ""]
     assert lines["better"][1] == "1 of 1" and float(lines["better"][3]) > 1, "more hedged at the same in-domain loss"
+
+
+def test_the_full_path_is_judged_from_tables_alone(tmp_path, monkeypatch, capsys):
+    one = {name: column for name, column in table(0).items() if name != "hard"}
+    agreement = np.where(np.arange(len(one["label"])) % 4, 1.0, 0.6)
+    Dataset.from_dict({**one, "agreement": agreement}).to_parquet(str(tmp_path / "one.parquet"))
+    command = ["full_path.py", f"erm={tmp_path / 'one.parquet'}", "--output", str(tmp_path / "rows.json")]
+    monkeypatch.setattr(sys, "argv", command)
+    load_script("benchmark.full_path", RECIPES).main()
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    raw = {(row["test"], row["subset"]): row for row in rows if row["posthoc"] == "none"}
+    here = (one["group"] == "there") & (agreement < 0.8)
+    nll = -one["logits"][here, one["label"][here]].mean()
+    assert raw["there", "hard"]["nll"] == pytest.approx(nll, abs=1e-5) and raw["there", "hard"]["n"] == here.sum()
+    assert "| erm + conservative_temperature | " in capsys.readouterr().out
 
 
 def test_routing_figures_of_a_router_that_knows_the_domain():
