@@ -110,6 +110,7 @@ METHODS = {
         Method("robust_filtered-through", _FILTERED | dict(detach_weights=False)),
         Method("robust_filtered-quantile", _FILTERED | dict(relevance_quantile=0.3)),
         Method("robust_filtered-eta-1", _FILTERED | dict(eta=1.0), **_MIXED),
+        Method("robust_filtered-eta-1-no-warm-up", _FILTERED | dict(eta=1.0, robust_warmup_ratio=0.0), **_MIXED),
         Method("robust_filtered+experts", _FILTERED | dict(expert_loss_weight=0.5), **_MIXED),
         Method("label_smoothing+experts", dict(objective="label_smoothing", expert_loss_weight=0.5), **_MIXED),
         # How much depends on eta and the warm-up (the paper's are 2 and 0.4, as above).
