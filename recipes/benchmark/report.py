@@ -197,7 +197,7 @@ EQUAL_HEAD = ("method", "runs that get there", *(f"NLL {cell}" for cell in CELLS
 DRAWN = (
     ("erm", "native", 1), ("label_smoothing", "native", 1), ("robust_filtered-detached", "native", 1),
     ("erm", "soft_mixture", 1), ("erm", "soft_mixture", 4), ("label_smoothing", "soft_mixture", 4),
-    ("robust_filtered-eta-1", "soft_mixture", 4),
+    ("robust_filtered-eta-1-no-warm-up", "soft_mixture", 4),
 )  # fmt: skip
 
 
