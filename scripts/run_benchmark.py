@@ -43,7 +43,6 @@ from hf_moecal.prefix_cache import PrefixCache  # noqa: E402
 VERSION = 1  # raise it whenever the code of the benchmark would train or predict otherwise
 DENSE = Method("dense", dict(objective="erm"), ("native",))
 HARD_ROUTED = "erm-hard_routing"
-ORACLE = "oracle_temperature"
 
 
 def main() -> None:
@@ -180,7 +179,7 @@ def write(tasks: list[Task], budget: Budget, folder: Path, output: Path) -> None
                 run = {**names, "members": members, "seed": seed}
                 for posthoc in posthoc_of(method, readout, members):
                     try:
-                        shown = judged(table, posthoc)
+                        shown = scoring.calibrated(table, posthoc)
                     except ValueError as error:  # a handful of rows, in the smoke run
                         print(f"{task.name} {method.name} seed {seed}: no {posthoc}: {error}")
                         continue
@@ -188,8 +187,7 @@ def write(tasks: list[Task], budget: Budget, folder: Path, output: Path) -> None
                 curves.append({**run, "nll": scoring.curve(table)})
     output.mkdir(parents=True, exist_ok=True)
     for name, content in (("benchmark", rows), ("benchmark_curves", curves), ("benchmark_routing", routing)):
-        lines = ",\n".join(json.dumps(row) for row in content)
-        (output / f"{name}.json").write_text(f"[\n{lines}\n]\n")
+        scoring.write_rows(content, output / f"{name}.json")
     print(f"{len(rows):,} rows: {output / 'benchmark.json'}")
 
 
@@ -199,17 +197,10 @@ def posthoc_of(method: Method, readout: str, members: int) -> tuple[str, ...]:
     A temperature for each group is out: an unseen group has none.
     """
     if (method.name, readout, members) == ("erm", "native", 1):
-        return (*(name for name in CANDIDATES if name != "grouped_temperature"), "auto", ORACLE)
-    further = {("erm", "soft_mixture", 1): ("per_expert_temperature",), ("erm", "soft_mixture", 4): (ORACLE,)}
+        return (*(name for name in CANDIDATES if name != "grouped_temperature"), "auto", scoring.ORACLE)
+    further = {("erm", "soft_mixture", 1): ("per_expert_temperature",), ("erm", "soft_mixture", 4): (scoring.ORACLE,)}
     usual = ("none", "temperature", "conservative_temperature")
     return (*usual, *further.get((method.name, readout, members), ()))
-
-
-def judged(table: scoring.Table, posthoc: str) -> scoring.Table:
-    """The table as a calibrator leaves it."""
-    if posthoc == ORACLE:
-        return scoring.with_oracle(table)
-    return table if posthoc == "none" else scoring.calibrated(table, posthoc)
 
 
 if __name__ == "__main__":

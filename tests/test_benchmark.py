@@ -94,6 +94,7 @@ def test_ratios_are_to_the_baseline_of_the_same_task():
     figures = report.Figures(rows)
     (line,) = report.verdicts(figures, [("ours", "native", 1, "none")])
     assert line[3:] == ["0.500"] * 4 + ["4 of 4", "0.500", "0.500", "0.500"]
+    assert report.verdicts(figures, [("ours", "native", 1, "none")], []) == [], "no task is not all tasks"
     assert report.paired(figures, "t", ("ours", "native", 1, "none"), "shifted", "nll").startswith("-0.750")
 
 

@@ -8,7 +8,6 @@ Each is judged as it is, with the best and with the conservative temperature of 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 from benchmark import scoring  # noqa: E402
-from benchmark.report import markdown  # noqa: E402
+from benchmark.report import CELL_FIGURES, cell_text, markdown, name_of  # noqa: E402
 from benchmark.settings import HARD_BELOW  # noqa: E402
 
 
@@ -43,15 +42,14 @@ def main() -> None:
     for name, _, path in (argument.partition("=") for argument in options.tables):
         table = read(path)
         for posthoc in POSTHOC:
-            shown = table if posthoc == "none" else scoring.calibrated(table, posthoc)
-            rows += scoring.score(shown, {"method": name, "posthoc": posthoc})
-    options.output.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+            rows += scoring.score(scoring.calibrated(table, posthoc), {"method": name, "posthoc": posthoc})
+    scoring.write_rows(rows, options.output)
     sets = list(dict.fromkeys((row["test"], row["subset"]) for row in rows))
     lines = []
     for name, posthoc in dict.fromkeys((row["method"], row["posthoc"]) for row in rows):
         judged = [row for row in rows if (row["method"], row["posthoc"]) == (name, posthoc)]
-        cells = [[f"{row[figure]:.3f}".lstrip("0") for figure in ("accuracy", "ece", "nll")] for row in judged]
-        lines.append([name + f" + {posthoc}" * (posthoc != "none"), *map(" / ".join, cells)])
+        cells = [cell_text([row[figure] for figure in CELL_FIGURES]) for row in judged]
+        lines.append([name_of((name, "native", 1, posthoc)), *cells])
     print(markdown(["method", *(test + ", hard" * (subset == "hard") for test, subset in sets)], lines))
 
 

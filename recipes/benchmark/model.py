@@ -79,11 +79,11 @@ def parameter_groups(model: nn.Module, rate: float) -> list[dict[str, Any]]:
     """What trains, the router of each member ten times as fast."""
     stands_for = member_names(model)
     routers = {id(p) for router in find_routers(model).values() for p in router.parameters()}
-    first = dict(model.named_parameters())
+    named = dict(model.named_parameters())
     groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-    for name, parameter in first.items():
+    for name, parameter in named.items():
         if parameter.requires_grad:
-            groups[id(first[stands_for.get(name, name)]) in routers].append(parameter)
+            groups[id(named[stands_for.get(name, name)]) in routers].append(parameter)
     return [
         {"params": groups[False], "lr": rate, "weight_decay": 0.01},
         {"params": groups[True], "lr": ROUTER_RATE * rate, "weight_decay": 0.0},

@@ -78,7 +78,7 @@ def verdicts(figures: Figures, keys: Iterable[Key], tasks: Sequence[str] | None 
     """Each method against ERM with a converged temperature, over the tasks (all, if unset) that both ran on."""
     lines = []
     for key in keys:
-        seeds = {task: figures.common(task, key) for task in tasks or figures.tasks}
+        seeds = {task: figures.common(task, key) for task in (figures.tasks if tasks is None else tasks)}
         seeds = {task: found for task, found in seeds.items() if found}
         if seeds:
             lines.append(verdict(figures, key, seeds))
@@ -134,12 +134,17 @@ def per_task(figures: Figures, keys: Sequence[Key], task: str) -> list[list[str]
             continue
         line = [name_of(key), str(len(figures.seeds(task, key)))]
         for cell in CELLS:
-            shown = [figures.mean(task, key, cell, figure) for figure in ("accuracy", "ece", "nll")]
-            line.append("" if np.isnan(shown[0]) else " / ".join(f"{value:.3f}".lstrip("0") for value in shown))
+            shown = [figures.mean(task, key, cell, figure) for figure in CELL_FIGURES]
+            line.append("" if np.isnan(shown[0]) else cell_text(shown))
         lines.append([*line, paired(figures, task, key, "shifted", "nll")])
     return lines
 
 
+def cell_text(values: Iterable[float]) -> str:
+    return " / ".join(f"{value:.3f}".lstrip("0") for value in values)
+
+
+CELL_FIGURES = ("accuracy", "ece", "nll")
 TASK_HEAD = ("method", "seeds", *CELLS, "shifted NLL - baseline's")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from hf_moecal.table import columns
 
 FIGURES = ("n", "accuracy", "ece", "ece_debiased", "smooth_ece", "nll", "brier", "signed_gap", "aurc")
 TEMPERATURES = np.exp(np.linspace(np.log(0.5), np.log(4.0), 25))
+ORACLE = "oracle_temperature"
 _READ = ("id", "label", "logits", "group", "hard")
 _ROUTING = (
     "routing_entropy",
@@ -60,11 +63,15 @@ def subsets(table: Table) -> Iterator[tuple[str, str, np.ndarray]]:
 
 
 def calibrated(table: Table, method: str) -> Table:
-    """The table with a calibrator that was fitted on its validation rows.
+    """The table as a calibrator leaves it that was fitted on its validation rows; `"none"` and `ORACLE` fit none.
 
     Raises:
         ValueError: it cannot be fitted on them.
     """
+    if method == "none":
+        return table
+    if method == ORACLE:
+        return with_oracle(table)
     validation = {name: values[table["group"] == "validation"] for name, values in table.items() if name != "hard"}
     validation = {name: values for name, values in validation.items() if name != "group"}
     with warnings.catch_warnings():
@@ -84,6 +91,11 @@ def with_oracle(table: Table) -> Table:
         here = table["group"] == name
         logits[here] /= fit_temperature(logits[here], table["label"][here]).temperature
     return {**table, "logits": log_softmax(logits)}
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A JSON list, a row to a line."""
+    path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 def score(table: Table, names: Mapping[str, Any]) -> list[dict[str, Any]]:
