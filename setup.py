@@ -59,7 +59,7 @@ setup(
         "transformers>=5.5",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["moecal = hf_moecal.cli:main"]},
+    entry_points={"console_scripts": ["moecal = hf_moecal.cli.commands:main"]},
     keywords="mixture-of-experts calibration confidence uncertainty distribution-shift transformers",
     classifiers=[
         "Development Status :: 4 - Beta",

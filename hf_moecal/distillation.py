@@ -18,6 +18,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .cli.runs import load_classifier
 from .committee import count_members, drop_members
 from .freezing import set_trainable
 from .hub.checkpoint_files import write_training_record
@@ -27,7 +28,6 @@ from .predictions import predict
 from .predictions.classifier import padded, tokenized
 from .prefix_cache import PrefixCache
 from .readout import Readout
-from .runs import load_classifier
 from .table import IGNORED_LABEL, columns
 
 

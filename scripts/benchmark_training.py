@@ -221,7 +221,7 @@ def cache(sentences: int) -> list[Row]:
     """The demo's training on some of its sentences, with and without the cache."""
     from demo import upcycle
 
-    from hf_moecal.recipe import load_recipe
+    from hf_moecal.cli.recipe import load_recipe
 
     recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml")
     upcycle(recipe)
@@ -237,8 +237,8 @@ def cache(sentences: int) -> list[Row]:
 
 
 def two_epochs(recipe: Any, sentences: int, states: str | None) -> Epochs:
-    from hf_moecal.recipe import expand, load_set
-    from hf_moecal.runs import load_classifier, parse_arguments
+    from hf_moecal.cli.recipe import expand, load_set
+    from hf_moecal.cli.runs import load_classifier, parse_arguments
 
     model, tokenizer = load_classifier(expand(recipe.model), 2, seed=0)
     rows = load_set("train", recipe.train, recipe).select(range(sentences))

@@ -10,9 +10,9 @@ import yaml
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, MixtralConfig, MixtralForSequenceClassification
 
-from hf_moecal.cli import main
-from hf_moecal.recipe import Recipe, expand, load_recipe, load_set
-from hf_moecal.runs import parse_arguments
+from hf_moecal.cli.commands import main
+from hf_moecal.cli.recipe import Recipe, expand, load_recipe, load_set
+from hf_moecal.cli.runs import parse_arguments
 
 
 WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "food", "very", "not", "the", "was"]

@@ -11,11 +11,11 @@ from test_choice import scores_one_by_one, word_tokenizer
 from test_trainer import language_model
 from transformers import AutoModelForCausalLM
 
-from hf_moecal.cli import main
+from hf_moecal.cli.commands import main
+from hf_moecal.cli.plan import make_plan
+from hf_moecal.cli.recipe import Recipe, load_recipe, load_set
+from hf_moecal.cli.runs import parse_arguments
 from hf_moecal.metrics import table_report
-from hf_moecal.plan import make_plan
-from hf_moecal.recipe import Recipe, load_recipe, load_set
-from hf_moecal.runs import parse_arguments
 from hf_moecal.table import read_table
 
 

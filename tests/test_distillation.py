@@ -13,7 +13,7 @@ from test_trainer import VOCABULARY, classification_model, language_model, relat
 from transformers import AutoModelForSequenceClassification
 
 from hf_moecal import distill, predict
-from hf_moecal.cli import main
+from hf_moecal.cli.commands import main
 from hf_moecal.committee import count_members, save_members
 from hf_moecal.freezing import set_trainable
 from hf_moecal.hub.checkpoint_files import load_training_settings

@@ -383,7 +383,7 @@ def test_the_trainer_publishes_with_its_record(hub, tmp_path):
 
 
 def test_the_command_line_publishes(hub, original, tmp_path, monkeypatch, capsys):
-    from hf_moecal.cli import main
+    from hf_moecal.cli.commands import main
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert main(["push", "--model", str(original), "--repo-id", "org/cli"]) == 0

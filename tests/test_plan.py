@@ -20,10 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_moecal import MoECalArguments, MoECalTrainer, find_moe_layers
-from hf_moecal.cli import main
-from hf_moecal.freezing import set_trainable
-from hf_moecal.plan import Launch, make_plan, plan_batch, read_launch
-from hf_moecal.plan.memory import (
+from hf_moecal.cli.commands import main
+from hf_moecal.cli.plan import Launch, make_plan, plan_batch, read_launch
+from hf_moecal.cli.plan_memory import (
     activation_memory,
     count_parameters,
     decoder_layers,
@@ -31,7 +30,8 @@ from hf_moecal.plan.memory import (
     state_memory,
     weights_of,
 )
-from hf_moecal.recipe import Recipe
+from hf_moecal.cli.recipe import Recipe
+from hf_moecal.freezing import set_trainable
 
 
 FAMILIES = ["mixtral", "qwen3_moe", "gpt_oss", "olmoe", "deepseek_v3"]
@@ -115,7 +115,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tiny_moe import tiny_model
 from hf_moecal.freezing import set_trainable
-from hf_moecal.plan.memory import decoder_layers
+from hf_moecal.cli.plan_memory import decoder_layers
 
 dist.init_process_group("gloo")
 model = tiny_model("mixtral", num_local_experts=3).to(torch.bfloat16).train()

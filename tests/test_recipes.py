@@ -15,9 +15,9 @@ from tiny_moe import tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_moecal.plan import make_plan, read_launch
-from hf_moecal.recipe import Recipe, load_recipe, load_set
-from hf_moecal.runs import load_classifier, predict_recipe, train_recipe
+from hf_moecal.cli.plan import make_plan, read_launch
+from hf_moecal.cli.recipe import Recipe, load_recipe, load_set
+from hf_moecal.cli.runs import load_classifier, predict_recipe, train_recipe
 from hf_moecal.training_args import MoECalArguments
 
 

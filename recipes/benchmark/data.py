@@ -12,7 +12,7 @@ from benchmark.settings import HARD_BELOW, Budget, Task
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_moecal.recipe import expand
+from hf_moecal.cli.recipe import expand
 
 
 MAX_LENGTH = {"sentiment": 64, "topics": 64, "newsgroups": 32}

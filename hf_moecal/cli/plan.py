@@ -22,11 +22,20 @@ from torch import nn
 from ..freezing import set_trainable
 from ..lora import add_lora
 from ..probes import MoELayer, UnsupportedMoEError, find_moe_layers
-from ..recipe import Recipe, load_set
-from ..runs import parse_arguments
 from ..table import FILE_KINDS
-from .launch import Launch, read_launch
-from .memory import GIB, Counts, Memory, activation_memory, count_parameters, logits_memory, state_memory, weights_of
+from .plan_launch import Launch, read_launch
+from .plan_memory import (
+    GIB,
+    Counts,
+    Memory,
+    activation_memory,
+    count_parameters,
+    logits_memory,
+    state_memory,
+    weights_of,
+)
+from .recipe import Recipe, load_set
+from .runs import parse_arguments
 
 
 if TYPE_CHECKING:
@@ -73,14 +82,14 @@ class Plan:
 
     Attributes:
         model (`str`): Hub id or folder.
-        counts ([`~hf_moecal.plan.memory.Counts`]): parameters in all, active per token, and those that train.
+        counts ([`~hf_moecal.cli.plan_memory.Counts`]): parameters in all, active per token, and those that train.
         trains (`str`): one line that says what trains.
         layers (`list[MoELayer]`): the MoE layers.
         unsupported (`str`, *optional*): why the experts cannot be probed; such a model trains with every objective but
             `robust_filtered`.
-        launch ([`~hf_moecal.plan.launch.Launch`]): devices, sharding, precision.
+        launch ([`~hf_moecal.cli.plan_launch.Launch`]): devices, sharding, precision.
         batch ([`Batch`]): the optimizer batch.
-        memory ([`~hf_moecal.plan.memory.Memory`]): bytes on the fullest device.
+        memory ([`~hf_moecal.cli.plan_memory.Memory`]): bytes on the fullest device.
     """
 
     model: str
@@ -150,7 +159,7 @@ def make_plan(
     """Plans the training that a recipe asks for.
 
     Args:
-        recipe ([`~hf_moecal.recipe.Recipe`]): what to train on what; its data needs a `max_length`.
+        recipe ([`~hf_moecal.cli.recipe.Recipe`]): what to train on what; its data needs a `max_length`.
         overrides (`Sequence[str]`): command-line arguments that override fields of the recipe.
         launch ([`Launch`], *optional*): from [`read_launch`]; one process if unset.
         rows (`int`, *optional*): training rows, where the set is not a local file.
@@ -307,7 +316,7 @@ def _local_train(recipe: Recipe) -> Dataset | None:
     """The training set if it is a local file; one on the Hub is not downloaded."""
     from pathlib import Path
 
-    from ..recipe import expand
+    from .recipe import expand
 
     spec = recipe.train or {}
     path = expand(spec.get("path", ""))

@@ -53,9 +53,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .choice import SCORINGS
-from .table import FILE_KINDS
-from .training_args import TASKS, MoECalArguments
+from ..choice import SCORINGS
+from ..table import FILE_KINDS
+from ..training_args import TASKS, MoECalArguments
 
 
 if TYPE_CHECKING:

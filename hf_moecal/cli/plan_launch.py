@@ -46,7 +46,7 @@ def read_launch(path: str | Path) -> Launch:
     Example:
 
     ```python
-    >>> from hf_moecal.plan import read_launch
+    >>> from hf_moecal.cli.plan import read_launch
     >>> str(read_launch("recipes/accelerate/fsdp2_full.yaml"))
     'FSDP2, 8 devices, mixed precision bf16'
 

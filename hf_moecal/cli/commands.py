@@ -194,14 +194,14 @@ def _predict(options: Options) -> None:
 
 
 def _evaluate(options: Options) -> None:
-    from .metrics import table_report
-    from .report import collect, format_table
-    from .table import read_table
+    from ..metrics import table_report
+    from ..report import collect, format_table
+    from ..table import read_table
 
     if (options.table is None) == (options.lm_eval_samples is None):
         raise ValueError("give either a predictions table or --lm-eval-samples FILE.")
     if options.lm_eval_samples is not None:
-        from .lm_eval import read_lm_eval_samples
+        from ..lm_eval import read_lm_eval_samples
 
         table = read_lm_eval_samples(options.lm_eval_samples)
     else:
@@ -238,8 +238,8 @@ def _judged_by(table: Dataset, confidence: str | None, correct: str | None) -> D
 
 
 def _calibrate(options: Options) -> None:
-    from .hub import calibrate
-    from .table import read_table
+    from ..hub import calibrate
+    from ..table import read_table
 
     data = {"name": options.data_name or Path(options.table).name}
     result = calibrate(options.model, read_table(options.table), method=options.method, data=data)
@@ -247,14 +247,14 @@ def _calibrate(options: Options) -> None:
 
 
 def _bake(options: Options) -> None:
-    from .hub.bake import bake
+    from ..hub.bake import bake
 
     print(f"calibrated checkpoint: {bake(options.model, output_dir=options.output)}")
 
 
 def _distill(options: Options) -> None:
-    from .distillation import distill_checkpoint
-    from .table import read_table
+    from ..distillation import distill_checkpoint
+    from ..table import read_table
 
     settings = {name: getattr(options, name) for name in ("epochs", "learning_rate", "batch_size", "seed")}
     found = distill_checkpoint(
@@ -272,8 +272,8 @@ def _distill(options: Options) -> None:
 
 
 def _report(options: Options) -> None:
-    from .report import write_report
-    from .table import read_table
+    from ..report import write_report
+    from ..table import read_table
 
     def named(items: Sequence[str]) -> dict[str, Dataset]:
         pairs = [item.partition("=") for item in items]
@@ -290,7 +290,7 @@ def _report(options: Options) -> None:
 
 
 def _monitor(options: Options) -> int:
-    from .drift.monitor import monitor
+    from ..drift.monitor import monitor
 
     result = monitor(
         options.reference,
@@ -317,7 +317,7 @@ def _probe(options: Options) -> None:
     from accelerate import PartialState
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from .probes.inspection import format_probe, probe_text
+    from ..probes.inspection import format_probe, probe_text
 
     architectures = AutoConfig.from_pretrained(options.model).architectures or [""]
     classifier = "ForSequenceClassification" in architectures[0]
@@ -329,9 +329,9 @@ def _probe(options: Options) -> None:
 
 
 def _push(options: Options) -> None:
-    from .hub import push
-    from .metrics import table_report
-    from .table import read_table
+    from ..hub import push
+    from ..metrics import table_report
+    from ..table import read_table
 
     evaluation = None
     if options.table is not None:
@@ -344,7 +344,3 @@ def _push(options: Options) -> None:
         revision=options.revision,
     )
     print(url)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

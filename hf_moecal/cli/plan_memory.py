@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..head import CHUNK_ELEMENTS
 from ..probes import MoELayer
-from .launch import Launch
+from .plan_launch import Launch
 
 
 GIB = 2**30
@@ -114,7 +114,7 @@ def count_parameters(weights: Sequence[Weight]) -> Counts:
     Example:
 
     ```python
-    >>> from hf_moecal.plan.memory import Weight, count_parameters
+    >>> from hf_moecal.cli.plan_memory import Weight, count_parameters
     >>> experts = Weight(numel=800, rows=8, itemsize=2, trains=True, block=0, active=2 / 8)
     >>> count_parameters([experts, Weight(numel=100, rows=10, itemsize=2, trains=False)])
     Counts(total=900, active=300, trained=800)

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 
-from .choice import ChoiceCollator
-from .hub.readouts import load_committee, recorded_readout
-from .predictions import predict
-from .predictions.supervised import collate_supervised, encode_supervised
-from .prefix_cache import PrefixCache
-from .reading import ATTACHED
+from ..choice import ChoiceCollator
+from ..hub.readouts import load_committee, recorded_readout
+from ..predictions import predict
+from ..predictions.supervised import collate_supervised, encode_supervised
+from ..prefix_cache import PrefixCache
+from ..reading import ATTACHED
+from ..trainer import MoECalTrainer
+from ..training_args import MoECalArguments
 from .recipe import Recipe, expand, load_set
-from .trainer import MoECalTrainer
-from .training_args import MoECalArguments
 
 
 if TYPE_CHECKING:
