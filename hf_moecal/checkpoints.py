@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .committee import MEMBERS_FILE, count_members, load_members
-from .freezing import CONTAINER
+from .model.freezing import CONTAINER
 
 
 _CHECKPOINTS = f"{PREFIX_CHECKPOINT_DIR}-*[0-9]"

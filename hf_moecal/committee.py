@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .freezing import CONTAINER, head_modules, last_moe_site
+from .model.freezing import CONTAINER, head_modules, last_moe_site
 from .probes.capture import autocast_state
 from .probes.certify import evaluating
 from .probes.replay import patched

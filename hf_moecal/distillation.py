@@ -20,13 +20,13 @@ from tqdm.auto import tqdm
 
 from .cli.runs import load_classifier
 from .committee import count_members, drop_members
-from .freezing import set_trainable
 from .hub.checkpoint_files import write_training_record
 from .hub.readouts import load_committee, recorded_readout
 from .metrics import calibration_report
+from .model.freezing import set_trainable
+from .model.prefix_cache import PrefixCache
 from .predictions import predict
 from .predictions.classifier import padded, tokenized
-from .prefix_cache import PrefixCache
 from .readout import Readout
 from .table import IGNORED_LABEL, columns
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .aux_loss import RouterBalance
 from .choice import OptionSupervision, WordSupervision, flat_inputs, supervise_choice
+from .model.prefix_cache import PrefixCache
 from .objectives import example_losses
-from .prefix_cache import PrefixCache
 from .reading import Member, Reading, logits_of
 from .readout import Mixed, Readout, mean_expert_loss, mixed_agreement
 from .table import IGNORED_LABEL

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .committee import Shared, member_models
-from .head import CHUNK_ELEMENTS, RowSelector
+from .model.head import CHUNK_ELEMENTS, RowSelector
 from .probes import ExpertProbe, probe_experts
 from .probes.routing import upcast
 from .readout import Mixed, Mixture, Readout, alone, joined

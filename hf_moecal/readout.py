@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .model.head import pooled_positions
 from .probes import ExpertProbe
 from .probes.agreement import disagreement_and_regret
 from .probes.routing import upcast
-from .tasks import pooled_positions
 
 
 READOUTS = ("native", "mixture", "soft_mixture")

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from .freezing import last_moe_site
+from .model.freezing import last_moe_site
 from .training_args import MoECalArguments
 from .window import Window
 

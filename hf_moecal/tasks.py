@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .model.head import pooled_positions
 from .objectives import check_labels
 from .table import IGNORED_LABEL
 
@@ -85,19 +86,6 @@ def supervise_classification(inputs: Mapping[str, Any], pad_token_id: int | None
     rows = torch.arange(batch, device=ids.device)
     tokens = rows * length + pooled_positions(ids, pad_token_id)
     return Supervision(tokens[keep], labels[keep], torch.arange(len(keep), device=ids.device), keep, len(keep))
-
-
-def pooled_positions(ids: Tensor, pad_token_id: int | None) -> Tensor:
-    """Position that sequence-classification heads read, per sequence: the rightmost token that is not padding."""
-    batch, length = ids.shape
-    if pad_token_id is None:
-        if batch > 1:
-            raise ValueError(
-                "The model has no padding token, so a batch of sequences has no defined last token; set "
-                "model.config.pad_token_id = tokenizer.pad_token_id."
-            )
-        return ids.new_full((batch,), length - 1)
-    return (torch.arange(length, device=ids.device, dtype=torch.int32) * (ids != pad_token_id)).argmax(-1)
 
 
 def supervise_lm(inputs: Mapping[str, Any], *, per_token: bool) -> Supervision:

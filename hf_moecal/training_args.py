@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .model.lora import LORA_ALPHA, LORA_R
 from .objectives import OBJECTIVES, TAU_DISAGREEMENT, TAU_REGRET, unknown_objective
 from .readout import READOUTS, Readout
 
 
 NORMALIZERS = ("auto", "two_pass", "streaming")
 TASKS = ("classification", "choice", "lm")
-LORA_R, LORA_ALPHA = 16, 32
 _LOWER_IS_BETTER = ("ece", "ece_debiased", "nll", "brier")
 TRAIN_PRESETS = ("all", "last_moe_layer", "routers", "lora")
 
@@ -65,7 +65,7 @@ class MoECalArguments(TrainingArguments):
         train (`str`, *optional*, defaults to `"all"`): what trains: `"all"` that is not frozen already,
             `"last_moe_layer"` (router and experts of the last MoE layer, the final norm and the head), `"routers"`
             (those of all MoE layers) or `"lora"` (an adapter on the attention and the experts of all MoE layers, see
-            [`~hf_moecal.lora.lora_config`]). With the last two the head of a classifier trains too.
+            [`~hf_moecal.model.lora.lora_config`]). With the last two the head of a classifier trains too.
         lora_r (`int`, *optional*, defaults to 16): for `train="lora"`, the adapter's rank.
         lora_alpha (`int`, *optional*, defaults to 32): for `train="lora"`, its scale times `lora_r`.
         router_aux_loss_coef (`float`, *optional*): weight of the routers' load-balancing loss, which is added to the

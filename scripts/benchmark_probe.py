@@ -25,7 +25,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Qwe
 from transformers import Qwen2MoeForSequenceClassification as Classifier
 
 from hf_moecal import probe_experts
-from hf_moecal.freezing import set_trainable
+from hf_moecal.model.freezing import set_trainable
 from hf_moecal.probes import ExpertProbe
 from hf_moecal.reading import Reading
 from hf_moecal.readout import Readout

@@ -38,10 +38,9 @@ from transformers import (
 )
 
 from hf_moecal import MoECalArguments, MoECalTrainer
-from hf_moecal.freezing import set_trainable
 from hf_moecal.judge import Judge
-from hf_moecal.lora import add_lora
-from hf_moecal.training_args import LORA_ALPHA, LORA_R
+from hf_moecal.model.freezing import set_trainable
+from hf_moecal.model.lora import LORA_ALPHA, LORA_R, add_lora
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -37,7 +37,7 @@ from benchmark.settings import FULL, METHODS, SMOKE, SMOKE_TASKS, TASKS, Budget,
 from benchmark.training import predictions, restore, state, train  # noqa: E402
 
 from hf_moecal.calibration.selection import CANDIDATES  # noqa: E402
-from hf_moecal.prefix_cache import PrefixCache  # noqa: E402
+from hf_moecal.model.prefix_cache import PrefixCache  # noqa: E402
 
 
 VERSION = 1  # raise it whenever the code of the benchmark would train or predict otherwise

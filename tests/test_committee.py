@@ -30,8 +30,8 @@ from hf_moecal.committee import (
     member_names,
     save_members,
 )
-from hf_moecal.freezing import set_trainable
-from hf_moecal.prefix_cache import PrefixCache
+from hf_moecal.model.freezing import set_trainable
+from hf_moecal.model.prefix_cache import PrefixCache
 from hf_moecal.reading import Reading
 from hf_moecal.readout import Readout
 
@@ -146,7 +146,7 @@ def test_evaluate_and_predict_mix_the_members(tmp_path, readout, cached):
 @pytest.mark.parametrize("task", ["sequence", "token"])
 def test_language_models_evaluate_the_whole_committee(tmp_path, task, readout, monkeypatch):
     build, data, settings = TASKS[task]
-    monkeypatch.setattr("hf_moecal.head.CHUNK_ELEMENTS", 200)
+    monkeypatch.setattr("hf_moecal.model.head.CHUNK_ELEMENTS", 200)
     monkeypatch.setattr("hf_moecal.reading.CHUNK_ELEMENTS", 200)
     model, rows = committee(build), data()
     args = arguments(tmp_path, train="last_moe_layer", readout_members=MEMBERS, **settings, **ALL_READOUTS[readout])

@@ -15,8 +15,8 @@ from test_trainer import (
 from tiny_moe import VOCABULARY, families, tiny_batch, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_moecal import head
-from hf_moecal.head import RowSelector
+from hf_moecal.model import head
+from hf_moecal.model.head import RowSelector
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 from hf_moecal import MoECalTrainer, from_pretrained, join_committee, predict
 from hf_moecal.calibration import PerExpertTemperatureCalibrator, read_record
 from hf_moecal.committee import MEMBERS_FILE, save_members
-from hf_moecal.freezing import set_trainable
 from hf_moecal.hub import calibrate, write_calibration
 from hf_moecal.hub.bake import bake
 from hf_moecal.hub.publish import make_card, publishable
 from hf_moecal.hub.readouts import attach_readout, record_readout, recorded_readout
+from hf_moecal.model.freezing import set_trainable
 from hf_moecal.readout import Readout
 
 

@@ -31,7 +31,7 @@ from hf_moecal.cli.plan_memory import (
     weights_of,
 )
 from hf_moecal.cli.recipe import Recipe
-from hf_moecal.freezing import set_trainable
+from hf_moecal.model.freezing import set_trainable
 
 
 FAMILIES = ["mixtral", "qwen3_moe", "gpt_oss", "olmoe", "deepseek_v3"]
@@ -114,7 +114,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tiny_moe import tiny_model
-from hf_moecal.freezing import set_trainable
+from hf_moecal.model.freezing import set_trainable
 from hf_moecal.cli.plan_memory import decoder_layers
 
 dist.init_process_group("gloo")

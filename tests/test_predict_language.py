@@ -14,8 +14,8 @@ from tiny_moe import tiny_model
 from transformers import DynamicCache
 
 from hf_moecal import predict, probe_experts
-from hf_moecal.freezing import set_trainable
-from hf_moecal.prefix_cache import PrefixCache
+from hf_moecal.model.freezing import set_trainable
+from hf_moecal.model.prefix_cache import PrefixCache
 
 
 FAMILIES = ["mixtral", "olmoe", "qwen2_moe", "gpt_oss", "deepseek_v3"]

@@ -6,9 +6,9 @@ from datasets import Dataset
 from transformers import MixtralConfig, MixtralForSequenceClassification
 
 from hf_moecal import TemperatureCalibrator, predict
-from hf_moecal.freezing import set_trainable
 from hf_moecal.hub import attach_calibrator
-from hf_moecal.prefix_cache import PrefixCache
+from hf_moecal.model.freezing import set_trainable
+from hf_moecal.model.prefix_cache import PrefixCache
 from hf_moecal.table import COLUMNS
 
 

@@ -14,9 +14,9 @@ from transformers import (
     Qwen2MoeForSequenceClassification,
 )
 
-from hf_moecal.freezing import set_trainable
-from hf_moecal.prefix_cache import PrefixCache
-from hf_moecal.state_store import StateStore
+from hf_moecal.model.freezing import set_trainable
+from hf_moecal.model.prefix_cache import PrefixCache
+from hf_moecal.model.state_store import StateStore
 
 
 SETTINGS = dict(
@@ -278,7 +278,7 @@ def test_a_killed_writer_leaves_a_usable_store(tmp_path):
     script = f"""
         import torch
         from pathlib import Path
-        from hf_moecal.state_store import StateStore
+        from hf_moecal.model.state_store import StateStore
         store = StateStore(Path({str(tmp_path)!r}), dtype=torch.float32)
         for i in range(10**6):
             store.put(str(i), torch.full((500,), float(i)))

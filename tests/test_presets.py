@@ -32,9 +32,9 @@ from hf_moecal import (
 )
 from hf_moecal.cli.plan import make_plan
 from hf_moecal.cli.recipe import Recipe
-from hf_moecal.freezing import set_trainable, what_trains
 from hf_moecal.hub import write_calibration
-from hf_moecal.lora import add_lora, lora_config
+from hf_moecal.model.freezing import set_trainable, what_trains
+from hf_moecal.model.lora import add_lora, lora_config
 from hf_moecal.probes import router as routers_of
 from hf_moecal.probes.router import find_routers
 from hf_moecal.probes.routing import bind_experts

@@ -19,7 +19,7 @@ from test_trainer import (
 )
 
 from hf_moecal import MoECalTrainer, predict
-from hf_moecal.prefix_cache import PrefixCache
+from hf_moecal.model.prefix_cache import PrefixCache
 from hf_moecal.readout import log_mixture
 
 

@@ -12,7 +12,7 @@ from resume_worker import make_trainer, outcome
 from test_trainer import checkpointing, classification_data, classification_model, collate
 
 from hf_moecal import MoECalTrainer
-from hf_moecal.lora import add_lora
+from hf_moecal.model.lora import add_lora
 
 
 HERE = Path(__file__).parent

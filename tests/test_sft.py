@@ -183,7 +183,7 @@ def test_forward_passes_are_those_of_the_objective(tmp_path, monkeypatch):
 
 
 def test_large_vocabularies_go_chunk_by_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_moecal.head.CHUNK_ELEMENTS", 2 * VOCABULARY)
+    monkeypatch.setattr("hf_moecal.model.head.CHUNK_ELEMENTS", 2 * VOCABULARY)
     test_gradients_equal_one_full_batch(tmp_path, "text", "filtered", 2, 4)
     test_figures_are_those_of_the_stock_trainer(tmp_path, "text", {})
 

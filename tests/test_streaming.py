@@ -22,7 +22,7 @@ from test_trainer import (
 from torch.utils.data import SequentialSampler
 
 from hf_moecal import MoECalArguments, MoECalTrainer
-from hf_moecal.freezing import set_trainable
+from hf_moecal.model.freezing import set_trainable
 from hf_moecal.streaming import HeldWindow, ScaledWindow, choose_window
 from hf_moecal.window import Window
 

@@ -27,7 +27,7 @@ from test_trainer import (
     relative_error,
 )
 
-from hf_moecal.lora import add_lora
+from hf_moecal.model.lora import add_lora
 
 
 HERE = Path(__file__).parent

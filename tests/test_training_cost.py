@@ -48,7 +48,7 @@ def benchmark(monkeypatch):
 
 
 def test_the_memory_benchmark_compares_equal_gradients(benchmark, monkeypatch):
-    from hf_moecal import head
+    from hf_moecal.model import head
 
     for supervised, chunk in ((4, head.CHUNK_ELEMENTS), (20, 400 * 7)):
         monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk)

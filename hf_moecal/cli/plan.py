@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..freezing import set_trainable
-from ..lora import add_lora
+from ..model.freezing import set_trainable
+from ..model.lora import add_lora
 from ..probes import MoELayer, UnsupportedMoEError, find_moe_layers
 from ..table import FILE_KINDS
 from .plan_launch import Launch, read_launch

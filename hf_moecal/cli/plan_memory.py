@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..head import CHUNK_ELEMENTS
+from ..model.head import CHUNK_ELEMENTS
 from ..probes import MoELayer
 from .plan_launch import Launch
 
@@ -214,7 +214,7 @@ def logits_memory(positions: int, classes: int, *, itemsize: int) -> int:
     """Bytes of the logits at their peak, in the backward pass of the loss.
 
     The float32 log-probabilities, their gradient and that of the logits, and the logits in the precision that
-    computes; of one chunk only where they exceed [`~hf_moecal.head.CHUNK_ELEMENTS`].
+    computes; of one chunk only where they exceed [`~hf_moecal.model.head.CHUNK_ELEMENTS`].
     """
     rows = -(-CHUNK_ELEMENTS // classes) if positions * classes > CHUNK_ELEMENTS else positions
     return rows * classes * (3 * 4 + itemsize)

@@ -14,9 +14,9 @@ from accelerate import PartialState
 
 from ..choice import ChoiceCollator
 from ..hub.readouts import load_committee, recorded_readout
+from ..model.prefix_cache import PrefixCache
 from ..predictions import predict
 from ..predictions.supervised import collate_supervised, encode_supervised
-from ..prefix_cache import PrefixCache
 from ..reading import ATTACHED
 from ..trainer import MoECalTrainer
 from ..training_args import MoECalArguments

@@ -13,9 +13,9 @@ from hf_moecal.calibration.record import FILE_NAME, MAX_BYTES
 from hf_moecal.calibration.selection import AUTO, CalibrationResult, calibrate_table
 from hf_moecal.calibration.temperature import IdentityCalibrator, TemperatureCalibrator
 from hf_moecal.hub.checkpoint_files import load_training_ids
-from hf_moecal.hub.loading import HUB_ARGUMENTS, load_model
 from hf_moecal.hub.publish import PublishError, push
 from hf_moecal.hub.readouts import attach_readout, load_committee, recorded_readout, with_calibration
+from hf_moecal.model.loading import HUB_ARGUMENTS, load_model
 from hf_moecal.reading import ATTACHED
 from hf_moecal.readout import Readout
 from hf_moecal.table import columns, names

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_moecal.committee import attach_members, save_members
-from hf_moecal.freezing import set_trainable
 from hf_moecal.hub.checkpoint_files import EVALUATION_FILE, TRAINING_FILE
-from hf_moecal.hub.loading import ADAPTER_CONFIG, load_model
 from hf_moecal.hub.readouts import record_readout, recorded_readout
+from hf_moecal.model.freezing import set_trainable
+from hf_moecal.model.loading import ADAPTER_CONFIG, load_model
 from hf_moecal.readout import Readout
 
 

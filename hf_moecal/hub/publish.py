@@ -21,8 +21,8 @@ from hf_moecal.hub.checkpoint_files import (
     load_training_settings,
     write_evaluation,
 )
-from hf_moecal.hub.loading import ADAPTER_CONFIG
 from hf_moecal.hub.model_card import eval_results, merge_card, render_section
+from hf_moecal.model.loading import ADAPTER_CONFIG
 from hf_moecal.readout import Readout
 
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..calibration.base import TABLE_CALIBRATOR
 from ..choice import SCORINGS
 from ..committee import count_members
-from ..prefix_cache import PrefixCache, fingerprint
+from ..model.prefix_cache import PrefixCache, fingerprint
 from ..probes import hard_routing
 from ..probes.certify import evaluating
 from ..reading import ATTACHED
@@ -93,7 +93,7 @@ def predict(
             column `readout` names it.
         readout_experts (`int`, *optional*): with `readout="soft_mixture"`, mix only so many.
         hard_top_k (`int`, *optional*): predict under [`~hf_moecal.hard_routing`] with this many experts per token.
-        prefix ([`~hf_moecal.prefix_cache.PrefixCache`], *optional*): entered cache through which the model runs.
+        prefix ([`~hf_moecal.model.prefix_cache.PrefixCache`], *optional*): entered cache through which the model runs.
         output (`str` or `Path`, *optional*): Parquet file. Finished rows go to `<output>.parts/` as they come, so that
             memory stays bounded, and become the file at the end. The processes of `accelerate launch` share the work.
         resume (`bool`, *optional*, defaults to `False`): with `output`, go on where a run that was killed stopped.

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..model.head import pooled_positions
+from ..model.prefix_cache import PrefixCache
 from ..objectives import check_labels
-from ..prefix_cache import PrefixCache
 from ..probes import RoutingRecord
 from ..probes.agreement import disagreement, regret
 from ..reading import ATTACHED, Reading
 from ..readout import Readout
 from ..table import IGNORED_LABEL
-from ..tasks import pooled_positions, real_tokens, without_empty
+from ..tasks import real_tokens, without_empty
 
 
 if TYPE_CHECKING:

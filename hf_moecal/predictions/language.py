@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..choice import ChoiceCollator, EncodedChoice, OptionSupervision, WordSupervision, flat_inputs, supervise_choice
-from ..prefix_cache import PrefixCache
+from ..model.prefix_cache import PrefixCache
 from ..reading import Reading
 from ..readout import Readout
 from ..table import ABSENT_LOGIT

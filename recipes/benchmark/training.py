@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_moecal import MoECalArguments, MoECalTrainer, hard_routing, predict
-from hf_moecal.prefix_cache import PrefixCache
+from hf_moecal.model.prefix_cache import PrefixCache
 
 
 def state(model: PreTrainedModel) -> dict[str, Tensor]:

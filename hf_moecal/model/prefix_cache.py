@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from tqdm.auto import tqdm
 
+from ..probes.replay import patched
 from .freezing import check_frozen, last_moe_site
-from .head import RowSelector
-from .probes.replay import patched
+from .head import RowSelector, pooled_positions
 from .state_store import StateStore
-from .tasks import pooled_positions
 
 
 _FLUSH_EVERY = 1024  # sequences: what a killed run computes again at most
@@ -71,8 +70,8 @@ class PrefixCache:
     ```python
     >>> import tempfile, torch
     >>> from transformers import MixtralConfig, MixtralForSequenceClassification
-    >>> from hf_moecal.freezing import set_trainable
-    >>> from hf_moecal.prefix_cache import PrefixCache
+    >>> from hf_moecal.model.freezing import set_trainable
+    >>> from hf_moecal.model.prefix_cache import PrefixCache
     >>> config = MixtralConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=3,
     ...     num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, pad_token_id=0)
     >>> model = MixtralForSequenceClassification(config)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from .probes import UnsupportedMoEError, find_moe_layers
-from .probes.router import declared_classes, find_routers
+from ..probes import UnsupportedMoEError, find_moe_layers
+from ..probes.router import declared_classes, find_routers
 
 
 CONTAINER = "moecal_members"
@@ -64,7 +64,7 @@ def set_trainable(model: nn.Module, preset: str) -> str:
     """Selects the parameters that train, in place.
 
     Args:
-        model (`nn.Module`): a transformers model; for `"lora"` one that [`~hf_moecal.lora.add_lora`] gave.
+        model (`nn.Module`): a transformers model; for `"lora"` one that [`~hf_moecal.model.lora.add_lora`] gave.
         preset (`str`): `"last_moe_layer"` (router and experts of the last MoE layer, and all modules after the decoder
             layers: the final norm and the head), `"routers"` (those of all MoE layers, and the head of a classifier),
             or `"all"` and `"lora"`, which leave `requires_grad` as it is.

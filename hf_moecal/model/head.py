@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .probes.capture import autocast_state
-from .probes.replay import patched
+from ..probes.capture import autocast_state
+from ..probes.replay import patched
 
 
 # Logits of one chunk, rounded up to whole rows: 32 MiB in float32, twice as much with their log-probabilities. Blocks
@@ -127,3 +127,16 @@ class RowSelector:
         self._due = self._base is self._outer  # another model may share this head
         hidden, tokens = args[0], self._tokens[:1] if self._chunked() else self._tokens
         return (hidden.reshape(-1, hidden.shape[-1])[tokens].unsqueeze(0), *args[1:])
+
+
+def pooled_positions(ids: Tensor, pad_token_id: int | None) -> Tensor:
+    """Position that sequence-classification heads read, per sequence: the rightmost token that is not padding."""
+    batch, length = ids.shape
+    if pad_token_id is None:
+        if batch > 1:
+            raise ValueError(
+                "The model has no padding token, so a batch of sequences has no defined last token; set "
+                "model.config.pad_token_id = tokenizer.pad_token_id."
+            )
+        return ids.new_full((batch,), length - 1)
+    return (torch.arange(length, device=ids.device, dtype=torch.int32) * (ids != pad_token_id)).argmax(-1)

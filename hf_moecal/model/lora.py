@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ..probes import UnsupportedMoEError, find_moe_layers
+from ..probes.routing import forward_parameters
 from .freezing import attention_modules, head_modules
-from .probes import UnsupportedMoEError, find_moe_layers
-from .probes.routing import forward_parameters
-from .training_args import LORA_ALPHA, LORA_R
 
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
+LORA_R, LORA_ALPHA = 16, 32
 # Wherever modules of these names are, peft takes them for routers and experts from before experts were fused.
 _TAKEN_FOR_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
@@ -40,7 +40,7 @@ def lora_config(model: nn.Module, *, r: int = LORA_R, alpha: int = LORA_ALPHA) -
 
     ```python
     >>> from transformers import MixtralConfig, MixtralForSequenceClassification
-    >>> from hf_moecal.lora import lora_config
+    >>> from hf_moecal.model.lora import lora_config
     >>> config = MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
     ...     num_attention_heads=2, num_key_value_heads=1, num_local_experts=4)
     >>> found = lora_config(MixtralForSequenceClassification(config))

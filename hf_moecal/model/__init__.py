@@ -1,0 +1,1 @@
+"""What is done to a model first: its blocks found, what trains chosen, adapters, the head, the frozen prefix."""
