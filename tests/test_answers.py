@@ -6,8 +6,8 @@ from datasets import Dataset
 from test_sft import PAIRS, ids, tokenizer
 from test_trainer import language_model
 
-from hf_moecal.answers import predict_answers
 from hf_moecal.metrics import table_report
+from hf_moecal.predictions.answers import predict_answers
 
 
 def answer_one_by_one(model, prompt, limit, end):

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from hf_moecal.lm_eval import read_lm_eval_samples
 from hf_moecal.metrics import table_report
+from hf_moecal.predictions.lm_eval import read_lm_eval_samples
 
 
 NAME = "samples_arc_easy_2025-03-01T10-00-00.123456.jsonl"

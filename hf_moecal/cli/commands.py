@@ -201,7 +201,7 @@ def _evaluate(options: Options) -> None:
     if (options.table is None) == (options.lm_eval_samples is None):
         raise ValueError("give either a predictions table or --lm-eval-samples FILE.")
     if options.lm_eval_samples is not None:
-        from ..lm_eval import read_lm_eval_samples
+        from ..predictions.lm_eval import read_lm_eval_samples
 
         table = read_lm_eval_samples(options.lm_eval_samples)
     else:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .table import ABSENT_LOGIT, IGNORED_LABEL
+from ..table import ABSENT_LOGIT, IGNORED_LABEL
 
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def read_lm_eval_samples(path: str | Path) -> Dataset:
 
     ```python
     >>> import json, tempfile, pathlib
-    >>> from hf_moecal.lm_eval import read_lm_eval_samples
+    >>> from hf_moecal.predictions.lm_eval import read_lm_eval_samples
     >>> file = pathlib.Path(tempfile.mkdtemp()) / "samples_arc_easy_2025-01-01T00-00-00.jsonl"
     >>> sample = {"doc_id": 0, "target": "1", "filtered_resps": [["-2.0", "False"], ["-1.0", "True"]]}
     >>> _ = file.write_text(json.dumps(sample))

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .predictions import predict
-from .probes.certify import evaluating
-from .table import IGNORED_LABEL
+from ..probes.certify import evaluating
+from ..table import IGNORED_LABEL
+from . import predict
 
 
 if TYPE_CHECKING:
