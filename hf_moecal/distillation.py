@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .cli.runs import load_classifier
-from .committee import count_members, drop_members
 from .hub.checkpoint_files import write_training_record
-from .hub.readouts import load_committee, recorded_readout
 from .metrics import calibration_report
 from .model.freezing import set_trainable
 from .model.prefix_cache import PrefixCache
 from .predictions import predict
 from .predictions.classifier import padded, tokenized
-from .readout import Readout
+from .readouts.committee import count_members, drop_members
+from .readouts.mixture import Readout
+from .readouts.recorded import load_committee, recorded_readout
 from .table import IGNORED_LABEL, columns
 
 
@@ -93,7 +93,7 @@ def distill(
         processing_class (`PreTrainedTokenizerBase`, *optional*): tokenizer; needed for text.
         text_column (`str`, *optional*, defaults to `"text"`): the column to tokenize.
         max_length (`int`, *optional*): tokens after which a text is cut.
-        readout, readout_experts: the teacher; see [`~hf_moecal.readout.Readout`].
+        readout, readout_experts: the teacher; see [`~hf_moecal.readouts.mixture.Readout`].
         epochs (`int`, *optional*, defaults to 3): passes over the data.
         learning_rate (`float`, *optional*, defaults to 1e-4): at the start.
         batch_size (`int`, *optional*, defaults to 32): sequences per step.

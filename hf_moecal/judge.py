@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from .aux_loss import RouterBalance
-from .choice import OptionSupervision, WordSupervision, flat_inputs, supervise_choice
 from .model.prefix_cache import PrefixCache
 from .objectives import example_losses
-from .reading import Member, Reading, logits_of
-from .readout import Mixed, Readout, mean_expert_loss, mixed_agreement
+from .readouts.mixture import Mixed, Readout, mean_expert_loss, mixed_agreement
+from .readouts.reading import Member, Reading, logits_of
 from .table import IGNORED_LABEL
-from .tasks import Loss, Supervision, real_tokens, supervise_classification, supervise_lm, token_figures
+from .tasks.choice import OptionSupervision, WordSupervision, flat_inputs, supervise_choice
+from .tasks.supervision import Loss, Supervision, real_tokens, supervise_classification, supervise_lm, token_figures
 from .training_args import MoECalArguments
 from .window import Measurement
 

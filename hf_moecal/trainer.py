@@ -18,18 +18,18 @@ from transformers import PreTrainedModel, Trainer
 
 from .aux_loss import balance_coefficient
 from .checkpoints import checkpoint_to_resume, restore_weights
-from .choice import CHOICE_COLUMNS, ChoiceCollator
-from .committee import add_members, count_members, member_names, save_members
 from .compatibility import check_arguments, check_datasets, check_distribution, check_optimizer, checked_loader
 from .hub.checkpoint_files import write_training_record
-from .hub.readouts import record_readout
 from .judge import Judge
 from .metrics import calibration_metrics
 from .model.freezing import CONTAINER, set_trainable, what_trains
 from .model.lora import add_lora
 from .probes import find_moe_layers
-from .readout import Readout
+from .readouts.committee import add_members, count_members, member_names, save_members
+from .readouts.mixture import Readout
+from .readouts.recorded import record_readout
 from .streaming import choose_window
+from .tasks.choice import CHOICE_COLUMNS, ChoiceCollator
 from .training_args import MoECalArguments
 from .window import BatchSummary, RandomState, Window, average_summaries, without_repeats
 

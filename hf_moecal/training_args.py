@@ -8,11 +8,11 @@ from transformers import TrainingArguments
 
 from .model.lora import LORA_ALPHA, LORA_R
 from .objectives import OBJECTIVES, TAU_DISAGREEMENT, TAU_REGRET, unknown_objective
-from .readout import READOUTS, Readout
+from .readouts.mixture import READOUTS, Readout
+from .tasks import TASKS
 
 
 NORMALIZERS = ("auto", "two_pass", "streaming")
-TASKS = ("classification", "choice", "lm")
 _LOWER_IS_BETTER = ("ece", "ece_debiased", "nll", "brier")
 TRAIN_PRESETS = ("all", "last_moe_layer", "routers", "lora")
 
@@ -47,14 +47,14 @@ class MoECalArguments(TrainingArguments):
             `find_moe_layers(model)`.
         readout (`str`, *optional*, defaults to `"native"`): what the losses and predictions are of: the model's own
             prediction, or the probabilities of the last MoE layer's experts, mixed: `"mixture"` (those selected) or
-            `"soft_mixture"` (all, with the router's full distribution); see [`~hf_moecal.readout.Readout`].
+            `"soft_mixture"` (all, with the router's full distribution); see [`~hf_moecal.readouts.mixture.Readout`].
         readout_experts (`int`, *optional*): with `readout="soft_mixture"`, mix only so many, those with the largest
             shares.
         readout_members (`int`, *optional*, defaults to 1): trains a committee of so many last MoE layers, each with
             its own final norm and head, on the frozen layers that they share, and mixes their predictions in equal
             shares. Each trains by the objective of its own losses, as if alone, so the training loss is the sum over
             the members, and `max_grad_norm` bounds the norm of all their gradients together. Needs
-            `train="last_moe_layer"`; see [`~hf_moecal.committee.add_members`].
+            `train="last_moe_layer"`; see [`~hf_moecal.readouts.committee.add_members`].
         expert_loss_weight (`float`, *optional*, defaults to 0.0): weight of the mean over the examples of what each
             expert of the mixture loses on its own, sum_k r_k l^(k), beside the objective.
         task (`str`, *optional*, defaults to `"classification"`): `"classification"` (a sequence-classification head),

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from hf_moecal.calibration import PerExpertTemperatureCalibrator, TemperatureCalibrator
 from hf_moecal.metrics import calibration_report
 from hf_moecal.objectives import erm, example_losses, robust, robust_filtered, routing_relevance
-from hf_moecal.readout import Mixed, log_mixture, mixed_agreement
+from hf_moecal.readouts.mixture import Mixed, log_mixture, mixed_agreement
 
 
 ETA, WARM_UP, BATCH, STEPS, EXPERTS, CLASSES = 2.0, 0.4, 128, 800, 4, 10

@@ -26,7 +26,7 @@ from torch.nn.functional import softplus
 
 from hf_moecal.metrics import calibration_report
 from hf_moecal.objectives import evaluate_objective, routing_relevance
-from hf_moecal.readout import Mixed, log_mixture, mixed_agreement
+from hf_moecal.readouts.mixture import Mixed, log_mixture, mixed_agreement
 from hf_moecal.report.figures import MUTED, PALETTE, style
 
 

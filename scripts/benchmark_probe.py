@@ -27,8 +27,8 @@ from transformers import Qwen2MoeForSequenceClassification as Classifier
 from hf_moecal import probe_experts
 from hf_moecal.model.freezing import set_trainable
 from hf_moecal.probes import ExpertProbe
-from hf_moecal.reading import Reading
-from hf_moecal.readout import Readout
+from hf_moecal.readouts.mixture import Readout
+from hf_moecal.readouts.reading import Reading
 
 
 BATCH, LENGTH, HIDDEN, LAYERS, EXPERTS = 4, 256, 256, 8, 8

@@ -10,7 +10,7 @@ from datasets import Dataset
 from test_trainer import OBJECTIVES, Gradients, arguments, language_model, relative_error
 
 from hf_moecal import ChoiceCollator, MoECalTrainer
-from hf_moecal.prompts import encode_continuations
+from hf_moecal.tasks.supervision.prompts import encode_continuations
 
 
 def examples(count=8, *, words=False, seed=3):

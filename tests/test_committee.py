@@ -20,7 +20,9 @@ from test_trainer import (
 from transformers import AutoModelForSequenceClassification
 
 from hf_moecal import MoECalTrainer, predict
-from hf_moecal.committee import (
+from hf_moecal.model.freezing import set_trainable
+from hf_moecal.model.prefix_cache import PrefixCache
+from hf_moecal.readouts.committee import (
     CONTAINER,
     MEMBERS_FILE,
     add_members,
@@ -30,10 +32,8 @@ from hf_moecal.committee import (
     member_names,
     save_members,
 )
-from hf_moecal.model.freezing import set_trainable
-from hf_moecal.model.prefix_cache import PrefixCache
-from hf_moecal.reading import Reading
-from hf_moecal.readout import Readout
+from hf_moecal.readouts.mixture import Readout
+from hf_moecal.readouts.reading import Reading
 
 
 MEMBERS = 3
@@ -147,7 +147,7 @@ def test_evaluate_and_predict_mix_the_members(tmp_path, readout, cached):
 def test_language_models_evaluate_the_whole_committee(tmp_path, task, readout, monkeypatch):
     build, data, settings = TASKS[task]
     monkeypatch.setattr("hf_moecal.model.head.CHUNK_ELEMENTS", 200)
-    monkeypatch.setattr("hf_moecal.reading.CHUNK_ELEMENTS", 200)
+    monkeypatch.setattr("hf_moecal.readouts.reading.CHUNK_ELEMENTS", 200)
     model, rows = committee(build), data()
     args = arguments(tmp_path, train="last_moe_layer", readout_members=MEMBERS, **settings, **ALL_READOUTS[readout])
     trainer = MoECalTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=collate)

@@ -14,12 +14,12 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_moecal import distill, predict
 from hf_moecal.cli.commands import main
-from hf_moecal.committee import count_members, save_members
 from hf_moecal.hub.checkpoint_files import load_training_settings
-from hf_moecal.hub.readouts import record_readout, recorded_readout
 from hf_moecal.metrics import calibration_report
 from hf_moecal.model.freezing import set_trainable
-from hf_moecal.readout import Readout
+from hf_moecal.readouts.committee import count_members, save_members
+from hf_moecal.readouts.mixture import Readout
+from hf_moecal.readouts.recorded import record_readout, recorded_readout
 
 
 def sequences(count, seed=3):

@@ -15,13 +15,13 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from hf_moecal import MoECalTrainer, from_pretrained, join_committee, predict
 from hf_moecal.calibration import PerExpertTemperatureCalibrator, read_record
-from hf_moecal.committee import MEMBERS_FILE, save_members
 from hf_moecal.hub import calibrate, write_calibration
 from hf_moecal.hub.bake import bake
 from hf_moecal.hub.publish import make_card, publishable
-from hf_moecal.hub.readouts import attach_readout, record_readout, recorded_readout
 from hf_moecal.model.freezing import set_trainable
-from hf_moecal.readout import Readout
+from hf_moecal.readouts.committee import MEMBERS_FILE, save_members
+from hf_moecal.readouts.mixture import Readout
+from hf_moecal.readouts.recorded import attach_readout, record_readout, recorded_readout
 
 
 def rows_and_data():
@@ -77,7 +77,7 @@ def test_a_pipeline_reads_the_mixture(tmp_path):
 @pytest.mark.parametrize("members", [1, 2])
 @pytest.mark.parametrize("kept", [0, 2, torch.tensor([0, 3])])
 def test_a_loaded_language_model_predicts_where_it_is_asked(tmp_path, members, kept, monkeypatch):
-    monkeypatch.setattr("hf_moecal.reading.CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr("hf_moecal.readouts.reading.CHUNK_ELEMENTS", 100)
     model = committee(language_model, members) if members > 1 else language_model()
     ids = torch.arange(1, 11).view(2, 5)
     loaded = from_pretrained(saved(model.eval(), tmp_path, Readout("soft_mixture", members=members)))

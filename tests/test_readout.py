@@ -20,7 +20,7 @@ from test_trainer import (
 
 from hf_moecal import MoECalTrainer, predict
 from hf_moecal.model.prefix_cache import PrefixCache
-from hf_moecal.readout import log_mixture
+from hf_moecal.readouts.mixture import log_mixture
 
 
 READOUTS = {

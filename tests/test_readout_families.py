@@ -9,8 +9,8 @@ from test_probes_families import TOLERANCE, UNSUPPORTED
 from tiny_moe import families, tiny_batch, tiny_model
 
 from hf_moecal import UnsupportedMoEError, find_moe_layers, probe_experts
-from hf_moecal.reading import Reading
-from hf_moecal.readout import Readout
+from hf_moecal.readouts.mixture import Readout
+from hf_moecal.readouts.reading import Reading
 
 
 # Whose modules nowhere give scores over all experts that explain the weights which the model used.

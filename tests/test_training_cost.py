@@ -7,7 +7,7 @@ import pytest
 from real_data import load_script
 from test_trainer import arguments, classification_data, classification_model, relative_error, trained_gradients
 
-from hf_moecal.tasks import Supervision
+from hf_moecal.tasks.supervision.supervision import Supervision
 
 
 @pytest.mark.slow

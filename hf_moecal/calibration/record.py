@@ -38,7 +38,7 @@ class CalibrationRecord:
         versions: of the libraries that wrote the file.
         baked: how the calibration became part of the weights (then it must not be applied again), or `None`.
         readout: what predicts, where that is not the checkpoint's own logits: `kind`, `experts`, `members` (see
-            [`~hf_moecal.readout.Readout`]); the method's parameters are of its predictions.
+            [`~hf_moecal.readouts.mixture.Readout`]); the method's parameters are of its predictions.
     """
 
     method: str

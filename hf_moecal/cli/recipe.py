@@ -53,9 +53,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..choice import SCORINGS
 from ..table import FILE_KINDS
-from ..training_args import TASKS, MoECalArguments
+from ..tasks import TASKS
+from ..tasks.choice import SCORINGS
+from ..training_args import MoECalArguments
 
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 
-from ..choice import ChoiceCollator
-from ..hub.readouts import load_committee, recorded_readout
 from ..model.prefix_cache import PrefixCache
 from ..predictions import predict
 from ..predictions.supervised import collate_supervised, encode_supervised
-from ..reading import ATTACHED
+from ..readouts.reading import ATTACHED
+from ..readouts.recorded import load_committee, recorded_readout
+from ..tasks.choice import ChoiceCollator
 from ..trainer import MoECalTrainer
 from ..training_args import MoECalArguments
 from .recipe import Recipe, expand, load_set
@@ -171,7 +171,7 @@ def predict_recipe(
         sets (`Sequence[str]`, *optional*): names among the groups, `"train"` and `"validation"`; all groups if unset.
         batch_size (`int`): sequences per forward.
         hard_top_k (`int`, *optional*): predict under [`~hf_moecal.hard_routing`] with this many experts per token.
-        readout (`str`, *optional*): what predicts, see [`~hf_moecal.readout.Readout`]; if unset what the
+        readout (`str`, *optional*): what predicts, see [`~hf_moecal.readouts.mixture.Readout`]; if unset what the
             checkpoint's `calibration.json` names, else the recipe's.
         readout_experts (`int`, *optional*): with `readout="soft_mixture"`, mix only so many.
         output, resume: as in [`predict`].

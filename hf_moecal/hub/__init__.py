@@ -14,10 +14,10 @@ from hf_moecal.calibration.selection import AUTO, CalibrationResult, calibrate_t
 from hf_moecal.calibration.temperature import IdentityCalibrator, TemperatureCalibrator
 from hf_moecal.hub.checkpoint_files import load_training_ids
 from hf_moecal.hub.publish import PublishError, push
-from hf_moecal.hub.readouts import attach_readout, load_committee, recorded_readout, with_calibration
 from hf_moecal.model.loading import HUB_ARGUMENTS, load_model
-from hf_moecal.reading import ATTACHED
-from hf_moecal.readout import Readout
+from hf_moecal.readouts.mixture import Readout
+from hf_moecal.readouts.reading import ATTACHED
+from hf_moecal.readouts.recorded import attach_readout, load_committee, recorded_readout, with_calibration
 from hf_moecal.table import columns, names
 
 
@@ -164,7 +164,7 @@ def from_pretrained(model_dir: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     In evaluation mode the model's logits are replaced: first by the log-probabilities of the readout that the
     checkpoint was trained or calibrated for, if that is a mixture or a committee (with the temperatures of its
-    experts, where these were fitted; see [`~hf_moecal.hub.readouts.attach_readout`]); then by logits / T for a
+    experts, where these were fitted; see [`~hf_moecal.readouts.recorded.attach_readout`]); then by logits / T for a
     temperature, by calibrated log-probabilities for the other methods that need logits only (sequence
     classification). A loss that the model computes from `labels` is that of the readout before its calibration. A
     method that needs the routing works on the predictions table: [`~hf_moecal.predict`] applies it. A temperature

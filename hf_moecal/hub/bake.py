@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hf_moecal.calibration import TemperatureCalibrator, from_record, read_record, write_record
 from hf_moecal.model.loading import ADAPTER_CONFIG, load_model
-from hf_moecal.readout import Readout
+from hf_moecal.readouts.mixture import Readout
 
 
 if TYPE_CHECKING:

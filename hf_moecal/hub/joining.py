@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hf_moecal.committee import attach_members, save_members
 from hf_moecal.hub.checkpoint_files import EVALUATION_FILE, TRAINING_FILE
-from hf_moecal.hub.readouts import record_readout, recorded_readout
 from hf_moecal.model.freezing import set_trainable
 from hf_moecal.model.loading import ADAPTER_CONFIG, load_model
-from hf_moecal.readout import Readout
+from hf_moecal.readouts.committee import attach_members, save_members
+from hf_moecal.readouts.mixture import Readout
+from hf_moecal.readouts.recorded import record_readout, recorded_readout
 
 
 def join_committee(members: Sequence[str | Path], output: str | Path) -> Path:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_moecal.calibration.record import FILE_NAME, read_json, read_record
-from hf_moecal.committee import MEMBERS_FILE
 from hf_moecal.hub.checkpoint_files import (
     EVALUATION_FILE,
     TRAINING_FILE,
@@ -23,7 +22,8 @@ from hf_moecal.hub.checkpoint_files import (
 )
 from hf_moecal.hub.model_card import eval_results, merge_card, render_section
 from hf_moecal.model.loading import ADAPTER_CONFIG
-from hf_moecal.readout import Readout
+from hf_moecal.readouts.committee import MEMBERS_FILE
+from hf_moecal.readouts.mixture import Readout
 
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from ..probes.router import declared_classes, find_routers
 
 
 CONTAINER = "moecal_members"
-"""Module in which a committee's further members keep their parameters; see [`hf_moecal.committee`]."""
+"""Module in which a committee's further members keep their parameters; see [`hf_moecal.readouts.committee`]."""
 
 _RANDOM = ("dropout", "jitter", "layerdrop")
 

@@ -13,15 +13,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..calibration.base import TABLE_CALIBRATOR
-from ..choice import SCORINGS
-from ..committee import count_members
 from ..model.prefix_cache import PrefixCache, fingerprint
 from ..probes import hard_routing
 from ..probes.certify import evaluating
-from ..reading import ATTACHED
-from ..readout import Readout
+from ..readouts.committee import count_members
+from ..readouts.mixture import Readout
+from ..readouts.reading import ATTACHED
 from ..table import COLUMNS, read_table
-from ..training_args import TASKS
+from ..tasks import TASKS
+from ..tasks.choice import SCORINGS
 from .classifier import ClassifierReader
 from .language import LanguageReader
 from .parts import Parts, digest
@@ -87,10 +87,10 @@ def predict(
             `"sequence"` or per supervised `"token"`.
         layer (`int`, *optional*, defaults to -1): MoE layer whose routing is recorded; `None` records none, and
             works for dense models too.
-        readout (`str`, *optional*): what predicts, see [`~hf_moecal.readout.Readout`]; unset it is `"native"`, or what
-            a classifier loaded by [`~hf_moecal.from_pretrained`] predicts by. Of a
-            mixture the table's experts are those that are mixed, with their shares as `expert_weights`, and a
-            column `readout` names it.
+        readout (`str`, *optional*): what predicts, see [`~hf_moecal.readouts.mixture.Readout`]; unset it is
+            `"native"`, or what a classifier loaded by [`~hf_moecal.from_pretrained`] predicts by. Of a mixture the
+            table's experts are those that are mixed, with their shares as `expert_weights`, and a column `readout`
+            names it.
         readout_experts (`int`, *optional*): with `readout="soft_mixture"`, mix only so many.
         hard_top_k (`int`, *optional*): predict under [`~hf_moecal.hard_routing`] with this many experts per token.
         prefix ([`~hf_moecal.model.prefix_cache.PrefixCache`], *optional*): entered cache through which the model runs.

@@ -14,10 +14,10 @@ from ..model.prefix_cache import PrefixCache
 from ..objectives import check_labels
 from ..probes import RoutingRecord
 from ..probes.agreement import disagreement, regret
-from ..reading import ATTACHED, Reading
-from ..readout import Readout
+from ..readouts.mixture import Readout
+from ..readouts.reading import ATTACHED, Reading
 from ..table import IGNORED_LABEL
-from ..tasks import real_tokens, without_empty
+from ..tasks.supervision import real_tokens, without_empty
 
 
 if TYPE_CHECKING:

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..choice import OptionSupervision, WordSupervision
 from ..objectives import example_losses
 from ..probes import RoutingRecord
 from ..probes.agreement import among
-from ..reading import Member, Reading, logits_of
-from ..readout import Mixed, Mixture, mixed_agreement
+from ..readouts.mixture import Mixed, Mixture, mixed_agreement
+from ..readouts.reading import Member, Reading, logits_of
 from ..table import ABSENT_LOGIT, IGNORED_LABEL
-from ..tasks import Supervision
-from ..tasks import token_figures as figures_of
+from ..tasks.choice import OptionSupervision, WordSupervision
+from ..tasks.supervision import Supervision
+from ..tasks.supervision import token_figures as figures_of
 from .classifier import routing_columns
 
 

@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..choice import ChoiceCollator, EncodedChoice, OptionSupervision, WordSupervision, flat_inputs, supervise_choice
 from ..model.prefix_cache import PrefixCache
-from ..reading import Reading
-from ..readout import Readout
+from ..readouts.mixture import Readout
+from ..readouts.reading import Reading
 from ..table import ABSENT_LOGIT
-from ..tasks import Supervision, supervise_lm
+from ..tasks.choice import (
+    ChoiceCollator,
+    EncodedChoice,
+    OptionSupervision,
+    WordSupervision,
+    flat_inputs,
+    supervise_choice,
+)
+from ..tasks.supervision import Supervision, supervise_lm
 from .figures import nothing_supervised, option_figures, sequence_figures, token_figures, word_figures
 from .reuse import Beginning, begin, common_length
 from .supervised import LM_COLUMNS, Supervised, encode_supervised, pad_supervised

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..prompts import encode_continuations
 from ..table import IGNORED_LABEL
+from ..tasks.prompts import encode_continuations
 from .classifier import tokenized
 
 
@@ -53,7 +53,7 @@ def encode_supervised(
     """The rows in tokens: of `input_ids` and `labels`, of `prompt` and `completion`, or of a text.
 
     Of a completion all tokens are supervised, of a text all but the first. The completion begins where
-    [`~hf_moecal.prompts.encode_continuations`] finds it; of a prompt that is too long the beginning is cut, of
+    [`~hf_moecal.tasks.prompts.encode_continuations`] finds it; of a prompt that is too long the beginning is cut, of
     anything else the end.
 
     Raises:

@@ -30,8 +30,9 @@ from benchmark.model import draw, specialise, upcycled  # noqa: E402
 from benchmark.settings import FULL, METHODS, TASKS  # noqa: E402
 from benchmark.training import predictions, train  # noqa: E402
 
-from hf_moecal import committee, distill  # noqa: E402
-from hf_moecal.committee import CONTAINER, add_members, drop_members  # noqa: E402
+from hf_moecal import distill  # noqa: E402
+from hf_moecal.readouts import committee  # noqa: E402
+from hf_moecal.readouts.committee import CONTAINER, add_members, drop_members  # noqa: E402
 
 
 def main() -> None:

@@ -17,11 +17,11 @@ from upcycle import load_dense, moe_config
 
 from hf_moecal import find_moe_layers
 from hf_moecal.cli.recipe import expand
-from hf_moecal.committee import member_names
 from hf_moecal.model.freezing import set_trainable
 from hf_moecal.model.prefix_cache import PrefixCache
 from hf_moecal.probes.router import find_routers
 from hf_moecal.probes.routing import bind_experts, hooked
+from hf_moecal.readouts.committee import member_names
 
 
 ROUTER_RATE = 10.0  # learning rate of the router, as a multiple

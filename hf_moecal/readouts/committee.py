@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .model.freezing import CONTAINER, head_modules, last_moe_site
-from .probes.capture import autocast_state
-from .probes.certify import evaluating
-from .probes.replay import patched
-from .probes.routing import hooked, upcast
+from ..model.freezing import CONTAINER, head_modules, last_moe_site
+from ..probes.capture import autocast_state
+from ..probes.certify import evaluating
+from ..probes.replay import patched
+from ..probes.routing import hooked, upcast
 
 
 MEMBERS_FILE = "members.safetensors"

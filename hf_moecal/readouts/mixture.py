@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .model.head import pooled_positions
-from .probes import ExpertProbe
-from .probes.agreement import disagreement_and_regret
-from .probes.routing import upcast
+from ..model.head import pooled_positions
+from ..probes import ExpertProbe
+from ..probes.agreement import disagreement_and_regret
+from ..probes.routing import upcast
 
 
 READOUTS = ("native", "mixture", "soft_mixture")
@@ -42,7 +42,7 @@ class Readout:
         temperatures (`tuple[float]`, *optional*): one per expert of the layer, those of each further member after
             that; each expert's logits are divided by its own before they are mixed.
         members (`int`, *optional*, defaults to 1): how many last MoE layers predict, mixed in equal shares; a
-            property of the model, see [`hf_moecal.committee`].
+            property of the model, see [`hf_moecal.readouts.committee`].
 
     Raises:
         ValueError: no such readout, or a setting that it does not have.
@@ -89,7 +89,7 @@ class Readout:
         Example:
 
         ```python
-        >>> from hf_moecal.readout import Readout
+        >>> from hf_moecal.readouts.mixture import Readout
         >>> Readout.named("soft_mixture of 3, committee of 2")
         Readout(kind='soft_mixture', experts=3, temperatures=None, members=2)
 
@@ -163,7 +163,7 @@ def log_mixture(expert_log_probs: Tensor, shares: Tensor) -> Tensor:
 
     ```python
     >>> import torch
-    >>> from hf_moecal.readout import log_mixture
+    >>> from hf_moecal.readouts.mixture import log_mixture
     >>> experts = torch.tensor([[[0.9, 0.1], [0.5, 0.5]]]).log()
     >>> log_mixture(experts, torch.tensor([[0.25, 0.75]])).exp()
     tensor([[0.6000, 0.4000]])
@@ -191,7 +191,7 @@ def joined(parts: list[Mixed]) -> Mixed:
 
     ```python
     >>> import torch
-    >>> from hf_moecal.readout import alone, joined
+    >>> from hf_moecal.readouts.mixture import alone, joined
     >>> members = [alone(torch.tensor([[0.9, 0.1]]).log()), alone(torch.tensor([[0.5, 0.5]]).log())]
     >>> joined(members).log_probs.exp(), joined(members).expert_ids
     (tensor([[0.7000, 0.3000]]), tensor([[0, 1]]))

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .model.head import pooled_positions
-from .objectives import check_labels
-from .table import IGNORED_LABEL
+from ..model.head import pooled_positions
+from ..objectives import check_labels
+from ..table import IGNORED_LABEL
 
 
 if TYPE_CHECKING:
-    from .probes import ExpertProbe
-    from .readout import Mixed
+    from ..probes import ExpertProbe
+    from ..readouts.mixture import Mixed
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .objectives import check_labels, example_losses
-from .probes.agreement import among
+from ..objectives import check_labels, example_losses
+from ..probes.agreement import among
+from ..table import ABSENT_LOGIT, IGNORED_LABEL
 from .prompts import Continued, encode_continuations
-from .table import ABSENT_LOGIT, IGNORED_LABEL
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .probes import ExpertProbe
-    from .readout import Mixed
+    from ..probes import ExpertProbe
+    from ..readouts.mixture import Mixed
 
 SCORINGS = ("per_token", "total", "per_byte", "label_word")
 CHOICE_COLUMNS = ("prompt", "options", "prompt_ids", "option_ids")
@@ -73,7 +73,7 @@ class ChoiceCollator:
     Example:
 
     ```python
-    >>> from hf_moecal.choice import ChoiceCollator
+    >>> from hf_moecal.tasks.choice import ChoiceCollator
     >>> collate = ChoiceCollator(scoring="label_word")
     >>> batch = collate([{"prompt_ids": [5, 6], "option_ids": [[7], [8]], "label": 1}])
     >>> batch["candidates"].tolist(), batch["labels"].tolist()

@@ -20,10 +20,10 @@ from hf_moecal.calibration import (
     write_record,
 )
 from hf_moecal.calibration.record import FILE_NAME
-from hf_moecal.committee import MEMBERS_FILE, count_members, load_members
 from hf_moecal.probes import find_moe_layers
-from hf_moecal.reading import ATTACHED, Reading
-from hf_moecal.readout import Readout
+from hf_moecal.readouts.committee import MEMBERS_FILE, count_members, load_members
+from hf_moecal.readouts.mixture import Readout
+from hf_moecal.readouts.reading import ATTACHED, Reading
 from hf_moecal.table import IGNORED_LABEL
 
 
@@ -39,8 +39,8 @@ def record_readout(model_dir: str | Path, readout: Readout) -> None:
     ```python
     >>> import tempfile
     >>> from hf_moecal.calibration import read_record
-    >>> from hf_moecal.hub.readouts import record_readout
-    >>> from hf_moecal.readout import Readout
+    >>> from hf_moecal.readouts.recorded import record_readout
+    >>> from hf_moecal.readouts.mixture import Readout
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     record_readout(folder, Readout("soft_mixture"))
     ...     read_record(folder).readout

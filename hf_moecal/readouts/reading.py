@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.head import CHUNK_ELEMENTS, RowSelector
+from ..probes import ExpertProbe, probe_experts
+from ..probes.routing import upcast
 from .committee import Shared, member_models
-from .model.head import CHUNK_ELEMENTS, RowSelector
-from .probes import ExpertProbe, probe_experts
-from .probes.routing import upcast
-from .readout import Mixed, Mixture, Readout, alone, joined
+from .mixture import Mixed, Mixture, Readout, alone, joined
 
 
 ATTACHED = "moecal_reading"
@@ -58,7 +58,7 @@ class Reading:
 
     Args:
         model (`nn.Module`): a sequence classifier, or a causal language model.
-        readout ([`~hf_moecal.readout.Readout`], *optional*): what each member predicts by; the native one if unset.
+        readout ([`~hf_moecal.readouts.mixture.Readout`], *optional*): what each member predicts by; native if unset.
         probed (`bool`, *optional*, defaults to `False`): whether the experts are asked with the native readout too.
         layer (`int`, *optional*, defaults to -1): which MoE layer is probed.
         rows (`bool`, *optional*, defaults to `False`): whether it is a language model, asked at chosen tokens.

@@ -1,0 +1,1 @@
+"""How experts' predictions become one: mixtures, committees, reading them, what a checkpoint records."""
