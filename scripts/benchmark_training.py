@@ -38,9 +38,9 @@ from transformers import (
 )
 
 from hf_moecal import MoECalArguments, MoECalTrainer
-from hf_moecal.judge import Judge
 from hf_moecal.model.freezing import set_trainable
 from hf_moecal.model.lora import LORA_ALPHA, LORA_R, add_lora
+from hf_moecal.training.judge import Judge
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,7 @@ from tiny_moe import families, tiny_batch, tiny_model
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from hf_moecal import MoECalTrainer
-from hf_moecal.aux_loss import RouterBalance, balance_coefficient
+from hf_moecal.training.aux_loss import RouterBalance, balance_coefficient
 
 
 COEFFICIENT = 0.5

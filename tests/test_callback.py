@@ -14,8 +14,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_moecal.callback import MoECalCallback
 from hf_moecal.probes import find_moe_layers, probe_experts, routing_statistics
+from hf_moecal.training.callback import MoECalCallback
 
 
 def tiny_model(seed=0, **changes):
@@ -117,7 +117,7 @@ def test_a_collapsed_router_warns(tmp_path, caplog):
         model.model.layers[1].post_attention_layernorm.weight.zero_()[0] = 1
         model.model.embed_tokens.weight[:, 0] = 9
         model.model.layers[0].post_attention_layernorm.weight[0] = 0  # which layer 0 does not see
-    with caplog.at_level("WARNING", logger="hf_moecal.callback"):
+    with caplog.at_level("WARNING", logger="hf_moecal.training.callback"):
         train(tmp_path, MoECalCallback(warn_load=3.0), model=model)
     messages = [record.getMessage() for record in caplog.records]
     assert any("collapse at step 1 in MoE layer 1" in text and "6 of 8 experts are dead" in text for text in messages)
@@ -125,7 +125,7 @@ def test_a_collapsed_router_warns(tmp_path, caplog):
 
 
 def test_a_healthy_router_does_not_warn(tmp_path, caplog):
-    with caplog.at_level("WARNING", logger="hf_moecal.callback"):
+    with caplog.at_level("WARNING", logger="hf_moecal.training.callback"):
         train(tmp_path, MoECalCallback())
     assert not caplog.records
 

@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import DataCollatorWithFlattening
 
 from hf_moecal import MoECalArguments, MoECalTrainer
-from hf_moecal.compatibility import check_distribution, checked_loader
-from hf_moecal.window import without_repeats
+from hf_moecal.training.compatibility import check_distribution, checked_loader
+from hf_moecal.training.window import without_repeats
 
 
 def trainer_with(folder, args=None, **kwargs):

@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hf_moecal.cli.plan import make_plan, read_launch
 from hf_moecal.cli.recipe import Recipe, load_recipe, load_set
 from hf_moecal.cli.runs import load_classifier, predict_recipe, train_recipe
-from hf_moecal.training_args import MoECalArguments
+from hf_moecal.training.arguments import MoECalArguments
 
 
 COMMENTS = [

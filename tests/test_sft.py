@@ -27,7 +27,7 @@ from transformers import HfArgumentParser, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from hf_moecal import MoECalArguments
-from hf_moecal.sft import MoECalSFTConfig, MoECalSFTTrainer
+from hf_moecal.training.sft import MoECalSFTConfig, MoECalSFTTrainer
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
@@ -291,9 +291,9 @@ def test_another_config_is_refused(tmp_path):
 
 def test_without_trl(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.delitem(sys.modules, "hf_moecal.sft")
+    monkeypatch.delitem(sys.modules, "hf_moecal.training.sft")
     with pytest.raises(ImportError, match=r"pip install 'hf_moecal\[trl\]'"):
-        import hf_moecal.sft  # noqa: F401
+        import hf_moecal.training.sft  # noqa: F401
 
 
 def test_two_steps_resume_bit_for_bit(tmp_path):

@@ -23,8 +23,8 @@ from torch.utils.data import SequentialSampler
 
 from hf_moecal import MoECalArguments, MoECalTrainer
 from hf_moecal.model.freezing import set_trainable
-from hf_moecal.streaming import HeldWindow, ScaledWindow, choose_window
-from hf_moecal.window import Window
+from hf_moecal.training.streaming import HeldWindow, ScaledWindow, choose_window
+from hf_moecal.training.window import Window
 
 
 TILTED = {

@@ -253,8 +253,8 @@ def _bake(options: Options) -> None:
 
 
 def _distill(options: Options) -> None:
-    from ..distillation import distill_checkpoint
     from ..table import read_table
+    from ..training.distillation import distill_checkpoint
 
     settings = {name: getattr(options, name) for name in ("epochs", "learning_rate", "batch_size", "seed")}
     found = distill_checkpoint(

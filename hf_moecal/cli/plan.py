@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from ..training_args import MoECalArguments
+    from ..training.arguments import MoECalArguments
 
 
 _USUAL_OPTIONS = 4  # of a multiple-choice question whose set is not at hand

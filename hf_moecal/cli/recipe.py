@@ -56,7 +56,7 @@ import yaml
 from ..table import FILE_KINDS
 from ..tasks import TASKS
 from ..tasks.choice import SCORINGS
-from ..training_args import MoECalArguments
+from ..training.arguments import MoECalArguments
 
 
 if TYPE_CHECKING:

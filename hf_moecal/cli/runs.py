@@ -18,8 +18,8 @@ from ..predictions.supervised import collate_supervised, encode_supervised
 from ..readouts.reading import ATTACHED
 from ..readouts.recorded import load_committee, recorded_readout
 from ..tasks.choice import ChoiceCollator
-from ..trainer import MoECalTrainer
-from ..training_args import MoECalArguments
+from ..training.arguments import MoECalArguments
+from ..training.trainer import MoECalTrainer
 from .recipe import Recipe, expand, load_set
 
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_moecal import predict_answers
 from hf_moecal.metrics import table_report
-from hf_moecal.sft import MoECalSFTConfig, MoECalSFTTrainer
+from hf_moecal.training.sft import MoECalSFTConfig, MoECalSFTTrainer
 
 
 MODEL = "allenai/OLMoE-1B-7B-0924"

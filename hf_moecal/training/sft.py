@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from .arguments import MoECalArguments
 from .compatibility import check_arguments
 from .trainer import MoECalMixin
-from .training_args import MoECalArguments
 
 
 try:
@@ -42,7 +42,7 @@ class MoECalSFTConfig(SFTConfig, MoECalArguments):
     Example:
 
     ```python
-    >>> from hf_moecal.sft import MoECalSFTConfig
+    >>> from hf_moecal.training.sft import MoECalSFTConfig
     >>> config = MoECalSFTConfig("out", objective="robust", completion_only_loss=True, report_to="none", use_cpu=True)
     >>> config.task, config.example, config.learning_rate
     ('lm', 'sequence', 2e-05)
@@ -117,7 +117,7 @@ class MoECalSFTTrainer(MoECalMixin, SFTTrainer):
 
     def __init__(self, model: str | nn.Module | None = None, args: MoECalSFTConfig | None = None, **kwargs: Any):
         if not isinstance(args, MoECalSFTConfig):
-            raise ValueError(f"`args` must be a hf_moecal.sft.MoECalSFTConfig, got {type(args).__name__}.")
+            raise ValueError(f"`args` must be a hf_moecal.training.sft.MoECalSFTConfig, got {type(args).__name__}.")
         if kwargs.get("peft_config") is not None and args.train != "all":
             raise ValueError(
                 f"`peft_config` and train={args.train!r} both choose what trains; leave `peft_config` out, or set "

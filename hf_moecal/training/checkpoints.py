@@ -17,8 +17,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .model.freezing import CONTAINER
-from .readouts.committee import MEMBERS_FILE, count_members, load_members
+from ..model.freezing import CONTAINER
+from ..readouts.committee import MEMBERS_FILE, count_members, load_members
 
 
 _CHECKPOINTS = f"{PREFIX_CHECKPOINT_DIR}-*[0-9]"

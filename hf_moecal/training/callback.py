@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .probes import find_moe_layers, probe_experts
+from ..probes import find_moe_layers, probe_experts
 
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from .probes import MoELayer
+    from ..probes import MoELayer
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class MoECalCallback(TrainerCallback):
     Example:
 
     ```python
-    >>> from hf_moecal.callback import MoECalCallback
+    >>> from hf_moecal.training.callback import MoECalCallback
     >>> callback = MoECalCallback(warn_dead=0.25)  # MoECalCallback(...).attach(trainer), then trainer.train()
 
     ```

@@ -16,21 +16,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from ..hub.checkpoint_files import write_training_record
+from ..metrics import calibration_metrics
+from ..model.freezing import CONTAINER, set_trainable, what_trains
+from ..model.lora import add_lora
+from ..probes import find_moe_layers
+from ..readouts.committee import add_members, count_members, member_names, save_members
+from ..readouts.mixture import Readout
+from ..readouts.recorded import record_readout
+from ..tasks.choice import CHOICE_COLUMNS, ChoiceCollator
+from .arguments import MoECalArguments
 from .aux_loss import balance_coefficient
 from .checkpoints import checkpoint_to_resume, restore_weights
 from .compatibility import check_arguments, check_datasets, check_distribution, check_optimizer, checked_loader
-from .hub.checkpoint_files import write_training_record
 from .judge import Judge
-from .metrics import calibration_metrics
-from .model.freezing import CONTAINER, set_trainable, what_trains
-from .model.lora import add_lora
-from .probes import find_moe_layers
-from .readouts.committee import add_members, count_members, member_names, save_members
-from .readouts.mixture import Readout
-from .readouts.recorded import record_readout
 from .streaming import choose_window
-from .tasks.choice import CHOICE_COLUMNS, ChoiceCollator
-from .training_args import MoECalArguments
 from .window import BatchSummary, RandomState, Window, average_summaries, without_repeats
 
 
@@ -135,7 +135,7 @@ class MoECalMixin:
         Returns:
             `str`: address of the repository, on the main process.
         """
-        from .hub import push
+        from ..hub import push
 
         revision, token = kwargs.pop("revision", None), kwargs.pop("token", None) or self.args.hub_token
         kwargs.pop("blocking", None)  # one commit is over when the call is

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .model.lora import LORA_ALPHA, LORA_R
-from .objectives import OBJECTIVES, TAU_DISAGREEMENT, TAU_REGRET, unknown_objective
-from .readouts.mixture import READOUTS, Readout
-from .tasks import TASKS
+from ..model.lora import LORA_ALPHA, LORA_R
+from ..objectives import OBJECTIVES, TAU_DISAGREEMENT, TAU_REGRET, unknown_objective
+from ..readouts.mixture import READOUTS, Readout
+from ..tasks import TASKS
 
 
 NORMALIZERS = ("auto", "two_pass", "streaming")

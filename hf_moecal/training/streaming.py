@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from .model.freezing import last_moe_site
-from .training_args import MoECalArguments
+from ..model.freezing import last_moe_site
+from .arguments import MoECalArguments
 from .window import Window
 
 

@@ -18,17 +18,17 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .cli.runs import load_classifier
-from .hub.checkpoint_files import write_training_record
-from .metrics import calibration_report
-from .model.freezing import set_trainable
-from .model.prefix_cache import PrefixCache
-from .predictions import predict
-from .predictions.classifier import padded, tokenized
-from .readouts.committee import count_members, drop_members
-from .readouts.mixture import Readout
-from .readouts.recorded import load_committee, recorded_readout
-from .table import IGNORED_LABEL, columns
+from ..cli.runs import load_classifier
+from ..hub.checkpoint_files import write_training_record
+from ..metrics import calibration_report
+from ..model.freezing import set_trainable
+from ..model.prefix_cache import PrefixCache
+from ..predictions import predict
+from ..predictions.classifier import padded, tokenized
+from ..readouts.committee import count_members, drop_members
+from ..readouts.mixture import Readout
+from ..readouts.recorded import load_committee, recorded_readout
+from ..table import IGNORED_LABEL, columns
 
 
 if TYPE_CHECKING:

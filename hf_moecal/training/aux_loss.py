@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from .probes import UnsupportedMoEError, find_moe_layers
-from .probes.capture import has_columns
-from .probes.router import find_routers
-from .probes.routing import hooked
+from ..probes import UnsupportedMoEError, find_moe_layers
+from ..probes.capture import has_columns
+from ..probes.router import find_routers
+from ..probes.routing import hooked
 
 
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
@@ -66,7 +66,7 @@ class RouterBalance:
     ```python
     >>> import torch
     >>> from transformers import MixtralConfig, MixtralForSequenceClassification
-    >>> from hf_moecal.aux_loss import RouterBalance
+    >>> from hf_moecal.training.aux_loss import RouterBalance
     >>> config = MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
     ...     num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, pad_token_id=0)
     >>> model = MixtralForSequenceClassification(config)

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.prefix_cache import PrefixCache
+from ..objectives import example_losses
+from ..readouts.mixture import Mixed, Readout, mean_expert_loss, mixed_agreement
+from ..readouts.reading import Member, Reading, logits_of
+from ..table import IGNORED_LABEL
+from ..tasks.choice import OptionSupervision, WordSupervision, flat_inputs, supervise_choice
+from ..tasks.supervision import Loss, Supervision, real_tokens, supervise_classification, supervise_lm, token_figures
+from .arguments import MoECalArguments
 from .aux_loss import RouterBalance
-from .model.prefix_cache import PrefixCache
-from .objectives import example_losses
-from .readouts.mixture import Mixed, Readout, mean_expert_loss, mixed_agreement
-from .readouts.reading import Member, Reading, logits_of
-from .table import IGNORED_LABEL
-from .tasks.choice import OptionSupervision, WordSupervision, flat_inputs, supervise_choice
-from .tasks.supervision import Loss, Supervision, real_tokens, supervise_classification, supervise_lm, token_figures
-from .training_args import MoECalArguments
 from .window import Measurement
 
 

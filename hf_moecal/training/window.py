@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
 
-from .objectives import Objective, evaluate_objective, routing_relevance
-from .table import IGNORED_LABEL
-from .training_args import MoECalArguments
+from ..objectives import Objective, evaluate_objective, routing_relevance
+from ..table import IGNORED_LABEL
+from .arguments import MoECalArguments
 
 
 class Measurement(NamedTuple):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
-from .training_args import MoECalArguments
+from .arguments import MoECalArguments
 
 
 def check_arguments(args: Any, kwargs: Mapping[str, Any]) -> None:
