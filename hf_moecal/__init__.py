@@ -4,7 +4,36 @@ Public names are resolved on first use, so that `import hf_moecal` stays light.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:  # what type checkers and editors see; `_PUBLIC` is what runs
+    from .calibration import ConservativeTemperatureCalibrator as ConservativeTemperatureCalibrator
+    from .calibration import TemperatureCalibrator as TemperatureCalibrator
+    from .hub import from_pretrained as from_pretrained
+    from .hub import load_calibration as load_calibration
+    from .hub.joining import join_committee as join_committee
+    from .metrics import calibration_metrics as calibration_metrics
+    from .metrics import metric_path as metric_path
+    from .objectives import erm as erm
+    from .objectives import robust as robust
+    from .objectives import robust_filtered as robust_filtered
+    from .objectives import routing_relevance as routing_relevance
+    from .predictions import predict as predict
+    from .predictions.answers import predict_answers as predict_answers
+    from .probes import MoELayer as MoELayer
+    from .probes import RoutingRecord as RoutingRecord
+    from .probes import UnsupportedMoEError as UnsupportedMoEError
+    from .probes import find_moe_layers as find_moe_layers
+    from .probes import hard_routing as hard_routing
+    from .probes import probe_experts as probe_experts
+    from .probes import routing_statistics as routing_statistics
+    from .tasks.choice import ChoiceCollator as ChoiceCollator
+    from .training.arguments import MoECalArguments as MoECalArguments
+    from .training.callback import MoECalCallback as MoECalCallback
+    from .training.distillation import distill as distill
+    from .training.trainer import MoECalMixin as MoECalMixin
+    from .training.trainer import MoECalTrainer as MoECalTrainer
 
 
 __version__ = "0.1.0"
@@ -20,17 +49,17 @@ _PUBLIC = {
         "probe_experts",
         "routing_statistics",
     ),
-    "choice": ("ChoiceCollator",),
-    "training_args": ("MoECalArguments",),
-    "trainer": ("MoECalMixin", "MoECalTrainer"),
+    "tasks.choice": ("ChoiceCollator",),
     "predictions": ("predict",),
-    "answers": ("predict_answers",),
+    "predictions.answers": ("predict_answers",),
     "metrics": ("calibration_metrics", "metric_path"),
     "calibration": ("ConservativeTemperatureCalibrator", "TemperatureCalibrator"),
-    "callback": ("MoECalCallback",),
+    "training.arguments": ("MoECalArguments",),
+    "training.trainer": ("MoECalMixin", "MoECalTrainer"),
+    "training.callback": ("MoECalCallback",),
+    "training.distillation": ("distill",),
     "hub": ("from_pretrained", "load_calibration"),
     "hub.joining": ("join_committee",),
-    "distillation": ("distill",),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 

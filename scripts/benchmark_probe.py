@@ -27,8 +27,8 @@ from transformers import Qwen2MoeForSequenceClassification as Classifier
 from hf_moecal import probe_experts
 from hf_moecal.model.freezing import set_trainable
 from hf_moecal.probes import ExpertProbe
+from hf_moecal.readouts.attached import AttachedReadout
 from hf_moecal.readouts.mixture import Readout
-from hf_moecal.readouts.reading import Reading
 
 
 BATCH, LENGTH, HIDDEN, LAYERS, EXPERTS = 4, 256, 256, 8, 8
@@ -181,10 +181,10 @@ def measure_readout(experts: int, top_k: int, mixed: int | None, *, batch: int, 
         for function in (step, prediction):
             times = []
             for kind in ("native", "soft_mixture", "native"):
-                with Reading(model, kinds[kind]) as reading:
+                with AttachedReadout(model, kinds[kind]) as attached:
                     if kind != "native":
                         function()  # each attachment is certified once, before the clock runs
-                        assert reading.mixed.shares.shape[1] == (mixed or experts)
+                        assert attached.mixed.shares.shape[1] == (mixed or experts)
                     times.append(timed(function, model))
             if turn:  # the first round warms up
                 found.setdefault(function.__name__, []).append(2 * times[1] / (times[0] + times[2]))

@@ -40,7 +40,7 @@ from transformers import (
 from hf_moecal import MoECalArguments, MoECalTrainer
 from hf_moecal.model.freezing import set_trainable
 from hf_moecal.model.lora import LORA_ALPHA, LORA_R, add_lora
-from hf_moecal.training.judge import Judge
+from hf_moecal.training.losses import LossComputer
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -237,7 +237,8 @@ def cache(sentences: int) -> list[Row]:
 
 def two_epochs(recipe: Any, sentences: int, states: str | None) -> Epochs:
     from hf_moecal.cli.recipe import expand, load_set
-    from hf_moecal.cli.runs import load_classifier, parse_arguments
+    from hf_moecal.cli.runs import parse_arguments
+    from hf_moecal.model.loading import load_classifier
 
     model, tokenizer = load_classifier(expand(recipe.model), 2, seed=0)
     rows = load_set("train", recipe.train, recipe).select(range(sentences))
@@ -289,7 +290,7 @@ def ours(supervised: int) -> dict[str, Any]:
     """The same with the losses of the supervised positions; also the loss, and norms of gradients."""
     model = language_model().train()
     args = MoECalArguments("unused", objective="robust", task="lm", **QUIET)
-    with Judge(model, args) as judge, judge.batch(batch(supervised)) as inputs:
+    with LossComputer(model, args) as judge, judge.batch(batch(supervised)) as inputs:
         del inputs["labels"]  # as Trainer does
         judge.losses(model(**inputs, use_cache=False)).mean().backward()
     return {"peak": peak(), **figures(model)}

@@ -23,9 +23,10 @@ from datasets import Dataset
 from hf_moecal import TemperatureCalibrator, predict
 from hf_moecal.calibration import IdentityCalibrator
 from hf_moecal.cli.recipe import Recipe, expand, load_recipe, load_set
-from hf_moecal.cli.runs import load_classifier, predict_recipe, train_recipe
+from hf_moecal.cli.runs import predict_recipe, train_recipe
 from hf_moecal.hub import write_calibration
 from hf_moecal.metrics import calibration_report
+from hf_moecal.model.loading import load_classifier
 from hf_moecal.report import format_table, write_report
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from test_cli import WORDS, sentences, tokenizer
 from transformers import MixtralConfig, MixtralForSequenceClassification
+
+from tests.cli.helpers import WORDS, sentences, tokenizer
 
 
 README = Path(__file__).parents[1] / "README.md"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 
+from ..model.loading import load_classifier, load_language_model
 from ..model.prefix_cache import PrefixCache
 from ..predictions import predict
 from ..predictions.supervised import collate_supervised, encode_supervised
-from ..readouts.reading import ATTACHED
+from ..readouts.attached import ATTACHED
 from ..readouts.recorded import load_committee, recorded_readout
 from ..tasks.choice import ChoiceCollator
 from ..training.arguments import MoECalArguments
@@ -44,54 +43,6 @@ def parse_arguments(recipe: Recipe, overrides: Sequence[str] = ()) -> MoECalArgu
     if arguments.prefix_cache is not None:
         arguments.prefix_cache = expand(arguments.prefix_cache)
     return arguments
-
-
-def load_classifier(
-    path: str, num_labels: int | None = None, *, seed: int = 0, dtype: str = "float32"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence-classification model and its tokenizer; a head that the checkpoint lacks is drawn from `seed`."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
-
-    set_seed(seed)
-    changes = {} if num_labels is None else {"num_labels": num_labels}
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForSequenceClassification.from_pretrained(path, **_precision(path, dtype), **changes)
-    if model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
-
-
-def load_language_model(
-    path: str, *, seed: int = 0, dtype: str = "float32"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer; `seed` is that of what follows."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-
-    set_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(path, **_precision(path, dtype))
-    return model, AutoTokenizer.from_pretrained(path)
-
-
-def _precision(path: str, dtype: str) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that give plain weights, also where the checkpoint stores them quantized."""
-    from transformers import AutoConfig
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
-    stored = getattr(AutoConfig.from_pretrained(_whole(path)), "quantization_config", None)
-    if stored is None:
-        return {"dtype": dtype}
-    kind = AUTO_QUANTIZATION_CONFIG_MAPPING[stored["quant_method"]]
-    if "dequantize" not in inspect.signature(kind.__init__).parameters:
-        return {"dtype": dtype}
-    return {"dtype": dtype, "quantization_config": kind.from_dict({**stored, "dequantize": True})}
-
-
-def _whole(path: str) -> str:
-    """Where the whole model is: the checkpoint of an adapter names it."""
-    from transformers.utils import find_adapter_config_file
-
-    adapter = find_adapter_config_file(path)
-    return path if adapter is None else json.loads(Path(adapter).read_text())["base_model_name_or_path"]
 
 
 def train_recipe(recipe: Recipe, *, overrides: Sequence[str] = (), resume: bool = False) -> MoECalTrainer:

@@ -7,18 +7,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_moecal.calibration import CalibrationRecord, Calibrator, from_record, read_record, write_record
-from hf_moecal.calibration.base import TABLE_CALIBRATOR
-from hf_moecal.calibration.record import FILE_NAME, MAX_BYTES
-from hf_moecal.calibration.selection import AUTO, CalibrationResult, calibrate_table
-from hf_moecal.calibration.temperature import IdentityCalibrator, TemperatureCalibrator
-from hf_moecal.hub.checkpoint_files import load_training_ids
-from hf_moecal.hub.publish import PublishError, push
-from hf_moecal.model.loading import HUB_ARGUMENTS, load_model
-from hf_moecal.readouts.mixture import Readout
-from hf_moecal.readouts.reading import ATTACHED
-from hf_moecal.readouts.recorded import attach_readout, load_committee, recorded_readout, with_calibration
-from hf_moecal.table import columns, names
+from ..calibration import CalibrationRecord, Calibrator, from_record, read_record, write_record
+from ..calibration.base import TABLE_CALIBRATOR
+from ..calibration.record import FILE_NAME, MAX_BYTES
+from ..calibration.selection import AUTO, CalibrationResult, calibrate_table
+from ..calibration.temperature import IdentityCalibrator, TemperatureCalibrator
+from ..model.loading import HUB_ARGUMENTS, load_model
+from ..readouts.attached import ATTACHED
+from ..readouts.mixture import Readout
+from ..readouts.recorded import attach_readout, load_committee, recorded_readout, with_calibration
+from ..table import columns, names
+from .checkpoint_files import load_training_ids
+from .publish import PublishError, push
 
 
 __all__ = [
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from hf_moecal.calibration.base import Table
+    from ..calibration.base import Table
 
 
 _STATED_VERSIONS = ("hf_moecal", "transformers", "torch", "numpy", "scikit-learn")
@@ -205,10 +205,10 @@ def attach_calibrator(model: PreTrainedModel, calibrator: Calibrator) -> None:
         setattr(model, TABLE_CALIBRATOR, calibrator)
         return
 
-    reading = getattr(model, ATTACHED, None)
+    attached = getattr(model, ATTACHED, None)
 
     def calibrate(module: torch.nn.Module, arguments: tuple, output: Any) -> Any:
-        if module.training or (reading is not None and reading.is_quiet):  # the readout's own forwards
+        if module.training or (attached is not None and attached.is_quiet):  # the readout's own forwards
             return output
         if not hasattr(output, "logits"):
             raise ValueError("A calibrated model returns named outputs; call it with return_dict=True.")

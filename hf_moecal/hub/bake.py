@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_moecal.calibration import TemperatureCalibrator, from_record, read_record, write_record
-from hf_moecal.model.loading import ADAPTER_CONFIG, load_model
-from hf_moecal.readouts.mixture import Readout
+from ..calibration import TemperatureCalibrator, from_record, read_record, write_record
+from ..model.loading import ADAPTER_CONFIG, load_model
+from ..readouts.mixture import Readout
 
 
 if TYPE_CHECKING:

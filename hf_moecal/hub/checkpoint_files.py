@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_moecal.calibration.record import is_number, is_plain, read_versioned, strict, write_json
+from ..calibration.record import is_number, is_plain, read_versioned, strict, write_json
 
 
 TRAINING_FILE, EVALUATION_FILE = "moecal_training.json", "moecal_evaluation.json"

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hf_moecal.hub.checkpoint_files import EVALUATION_FILE, TRAINING_FILE
-from hf_moecal.model.freezing import set_trainable
-from hf_moecal.model.loading import ADAPTER_CONFIG, load_model
-from hf_moecal.readouts.committee import attach_members, save_members
-from hf_moecal.readouts.mixture import Readout
-from hf_moecal.readouts.recorded import record_readout, recorded_readout
+from ..model.freezing import set_trainable
+from ..model.loading import ADAPTER_CONFIG, load_model
+from ..readouts.committee import attach_members, save_members
+from ..readouts.mixture import Readout
+from ..readouts.recorded import record_readout, recorded_readout
+from .checkpoint_files import EVALUATION_FILE, TRAINING_FILE
 
 
 def join_committee(members: Sequence[str | Path], output: str | Path) -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
-    from hf_moecal.calibration import CalibrationRecord
+    from ..calibration import CalibrationRecord
 
 _SECTION = re.compile(r"<!-- hf_moecal:begin outside=([0-9a-f]{16}) -->.*?<!-- hf_moecal:end -->\n?", re.S)
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n.*?\n---[ \t]*(?:\r?\n|\Z)", re.S)

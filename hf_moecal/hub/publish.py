@@ -12,18 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_moecal.calibration.record import FILE_NAME, read_json, read_record
-from hf_moecal.hub.checkpoint_files import (
+from ..calibration.record import FILE_NAME, read_json, read_record
+from ..model.loading import ADAPTER_CONFIG
+from ..readouts.committee import MEMBERS_FILE
+from ..readouts.mixture import Readout
+from .checkpoint_files import (
     EVALUATION_FILE,
     TRAINING_FILE,
     load_evaluation,
     load_training_settings,
     write_evaluation,
 )
-from hf_moecal.hub.model_card import eval_results, merge_card, render_section
-from hf_moecal.model.loading import ADAPTER_CONFIG
-from hf_moecal.readouts.committee import MEMBERS_FILE
-from hf_moecal.readouts.mixture import Readout
+from .model_card import eval_results, merge_card, render_section
 
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from ..calibration.base import TABLE_CALIBRATOR
 from ..model.prefix_cache import PrefixCache, fingerprint
 from ..probes import hard_routing
 from ..probes.certify import evaluating
+from ..readouts.attached import ATTACHED
 from ..readouts.committee import count_members
 from ..readouts.mixture import Readout
-from ..readouts.reading import ATTACHED
 from ..table import COLUMNS, read_table
 from ..tasks import TASKS
 from ..tasks.choice import SCORINGS

@@ -14,10 +14,10 @@ from ..model.prefix_cache import PrefixCache
 from ..objectives import check_labels
 from ..probes import RoutingRecord
 from ..probes.agreement import disagreement, regret
+from ..readouts.attached import ATTACHED, AttachedReadout
 from ..readouts.mixture import Readout
-from ..readouts.reading import ATTACHED, Reading
 from ..table import IGNORED_LABEL
-from ..tasks.supervision import real_tokens, without_empty
+from ..tasks.targets import real_tokens, without_empty
 
 
 if TYPE_CHECKING:
@@ -58,10 +58,10 @@ class ClassifierReader:
 
     def __enter__(self) -> ClassifierReader:
         layer = -1 if self._layer is None else self._layer
-        own = Reading(self._model, self._readout, probed=self._layer is not None, layer=layer)
+        own = AttachedReadout(self._model, self._readout, probed=self._layer is not None, layer=layer)
         attached = getattr(self._model, ATTACHED, None)
         self._exit = ExitStack()
-        self._reading = self._exit.enter_context(own) if attached is None else attached
+        self._attached = self._exit.enter_context(own) if attached is None else attached
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -70,7 +70,7 @@ class ClassifierReader:
     @property
     def readout(self) -> Readout:
         """What predicts, also of how many members."""
-        return self._reading.readout
+        return self._attached.readout
 
     def encode(self, rows: Dataset) -> list[Tokenized]:
         """The rows in tokens."""
@@ -92,9 +92,9 @@ class ClassifierReader:
     def _routing(self, tokens: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Columns from the pooled tokens' flat indices, logits `[B, C]` and labels, of the last forward."""
         if not self.readout.is_plain:
-            mixed = self._reading.mixed
+            mixed = self._attached.mixed
             return routing_columns(logits, labels, mixed.expert_log_probs, mixed.shares, mixed.expert_ids)
-        probe = self._reading.members[0].probe
+        probe = self._attached.members[0].probe
         record, alone = probe.record[tokens], probe.expert_logits(tokens)
         columns = routing_columns(logits, labels, alone, record.shares, record.expert_ids)
         return {**columns, "expert_weights": record.weights.float()}

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ..model.prefix_cache import PrefixCache
+from ..readouts.attached import AttachedReadout
 from ..readouts.mixture import Readout
-from ..readouts.reading import Reading
 from ..table import ABSENT_LOGIT
 from ..tasks.choice import (
     ChoiceCollator,
     EncodedChoice,
-    OptionSupervision,
-    WordSupervision,
+    OptionTargets,
+    WordTargets,
+    choice_targets,
     flat_inputs,
-    supervise_choice,
 )
-from ..tasks.supervision import Supervision, supervise_lm
+from ..tasks.targets import Targets, lm_targets
 from .figures import nothing_supervised, option_figures, sequence_figures, token_figures, word_figures
 from .reuse import Beginning, begin, common_length
 from .supervised import LM_COLUMNS, Supervised, encode_supervised, pad_supervised
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-Judged = Supervision | OptionSupervision | WordSupervision
+AnyTargets = Targets | OptionTargets | WordTargets
 _LEAST_SHARED = 16  # tokens that all rows have to begin with in common, for it to be worth a forward
 _WORTH = 0.8  # of the tokens that a batch takes without reading its prompts first
 _EXACT = 1e-5  # largest difference that going on from a cache may make, relative to the scale of the scores
@@ -110,17 +110,19 @@ class LanguageReader:
 
     def __enter__(self) -> LanguageReader:
         layer = -1 if self._layer is None else self._layer
-        self._reading = Reading(self._model, self._readout, probed=self._layer is not None, layer=layer, rows=True)
-        self._reading.__enter__()
+        self._attached = AttachedReadout(
+            self._model, self._readout, probed=self._layer is not None, layer=layer, rows=True
+        )
+        self._attached.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._reading.__exit__(*exception)
+        self._attached.__exit__(*exception)
 
     @property
     def readout(self) -> Readout:
         """What predicts, also of how many members."""
-        return self._reading.readout
+        return self._attached.readout
 
     def encode(self, rows: Dataset) -> list[Example]:
         """The rows in tokens."""
@@ -145,7 +147,7 @@ class LanguageReader:
         """The rows of the table for each example."""
         reuse = Reuse(bool(self._shared), self._worth(examples))
         for tried in dict.fromkeys([reuse, Reuse(False, reuse.stems), _NOTHING]):
-            if self._prefix is not None or len(self._reading.members) > 1 or tried == _NOTHING:
+            if self._prefix is not None or len(self._attached.members) > 1 or tried == _NOTHING:
                 break  # a committee reads whole sequences
             if tried not in self._verified:
                 self._verified[tried] = self._verify(tried, [examples[0], self._shortest])
@@ -222,7 +224,7 @@ class LanguageReader:
 
     def _forward(self, **inputs: Any) -> Any:
         """A forward for the cache alone, of which nobody takes note."""
-        with self._reading.quiet(), self._reading.members[0].selecting(self._zeros(1)):
+        with self._attached.quiet(), self._attached.members[0].selecting(self._zeros(1)):
             return self._model(**inputs)
 
     # What a batch says
@@ -233,37 +235,39 @@ class LanguageReader:
         cuts = [example.stem if reuse.stems else skipped for example in examples]
         inputs = {name: values.to(self._device) for name, values in self._batch(examples, cuts).items()}
         if self._task == "lm":
-            supervision = supervise_lm(inputs, per_token=self._per_token)
+            targets = lm_targets(inputs, per_token=self._per_token)
         else:
-            supervision, inputs = supervise_choice(inputs), flat_inputs(inputs)
+            targets, inputs = choice_targets(inputs), flat_inputs(inputs)
         length = inputs["input_ids"].shape[1]
-        rows, positions = supervision.tokens // length, supervision.tokens % length
+        rows, positions = targets.tokens // length, targets.tokens % length
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         beginning = self._beginning(examples, reuse)
-        with self._replaying(inputs, supervision) as (batch, supervision):
-            tokens = supervision.tokens
+        with self._replaying(inputs, targets) as (batch, targets):
+            tokens = targets.tokens
             if not len(tokens):
-                return {} if self._per_token else nothing_supervised(self._reading, len(examples), self._device)
+                return {} if self._per_token else nothing_supervised(self._attached, len(examples), self._device)
             batch = {**(batch if beginning is None else beginning.follow(batch)), "use_cache": beginning is not None}
-            with self._reading.at(tokens):
+            with self._attached.at(tokens):
                 output = self._model(**batch)
                 if self._task == "choice":
-                    figures = word_figures if isinstance(supervision, WordSupervision) else option_figures
-                    return figures(self._reading, supervision, output)
+                    figures = word_figures if isinstance(targets, WordTargets) else option_figures
+                    return figures(self._attached, targets, output)
                 if not self._per_token:
-                    return sequence_figures(self._reading, supervision, output, len(examples))
+                    return sequence_figures(self._attached, targets, output, len(examples))
                 place = {"row": rows, "position": positions + 1 + torch.tensor(cuts, device=self._device)[rows]}
-                return {**place, **token_figures(self._reading, supervision, output)}
+                return {**place, **token_figures(self._attached, targets, output)}
 
     @contextmanager
-    def _replaying(self, inputs: dict[str, Tensor], supervision: Judged) -> Iterator[tuple[dict[str, Tensor], Judged]]:
+    def _replaying(
+        self, inputs: dict[str, Tensor], targets: AnyTargets
+    ) -> Iterator[tuple[dict[str, Tensor], AnyTargets]]:
         """The judged tokens alone, each a sequence, where what comes before the last MoE block is cached."""
-        if self._prefix is None or not len(supervision.tokens):
-            yield inputs, supervision
+        if self._prefix is None or not len(targets.tokens):
+            yield inputs, targets
             return
-        with self._prefix.replaying(inputs, supervision.tokens) as short:
-            alone = torch.arange(len(supervision.tokens), device=self._device)
-            yield short, supervision._replace(tokens=alone)
+        with self._prefix.replaying(inputs, targets.tokens) as short:
+            alone = torch.arange(len(targets.tokens), device=self._device)
+            yield short, targets._replace(tokens=alone)
 
     def _batch(self, examples: Sequence[Example], cuts: Sequence[int]) -> dict[str, Tensor]:
         """Tensors of the examples without their first tokens."""

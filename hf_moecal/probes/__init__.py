@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .agreement import among, disagreement, disagreement_and_regret, first_order_regret, losses, regret
-from .capture import Recorder, anatomy
+from .capture import Recorder, model_parts
 from .certify import Certificate, real_tokens
 from .counterfactual import Counterfactuals
 from .router import full_shares
@@ -335,7 +335,7 @@ def probe_experts(model: nn.Module, layer: int | str | Sequence[int | str] = -1)
             getattr(hook, "__module__", None) == Recorder.__module__ for hook in chosen.module._forward_hooks.values()
         ):
             raise ValueError(f"{chosen.name} is being probed already; leave that probe first, or use it.")
-    recorder = Recorder(anatomy(model, layers), layers, replayed={chosen.name for chosen in layers})
+    recorder = Recorder(model_parts(model, layers), layers, replayed={chosen.name for chosen in layers})
     with recorder.attached():
         yield ExpertProbe(recorder)
 

@@ -36,7 +36,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelParts:
     """The parts of a transformers model that a replay touches.
 
     Args:
@@ -61,7 +61,7 @@ class Anatomy:
         return [module for module in self.outer.modules() if hasattr(module, "gradient_checkpointing")]
 
 
-def anatomy(model: nn.Module, layers: list[MoELayer]) -> Anatomy:
+def model_parts(model: nn.Module, layers: list[MoELayer]) -> ModelParts:
     """Finds the outer model, its base, and where the MoE layers stand in it."""
     from transformers import PreTrainedModel
 
@@ -82,7 +82,7 @@ def anatomy(model: nn.Module, layers: list[MoELayer]) -> Anatomy:
         sites[layer.name] = Site(blocks, blocks.index(path[depth + 1]), _siblings(path[depth + 1 :]))
     tops = [child for owner, blocks in owners.items() for child in owner.children() if child is not blocks]
     base = getattr(outer, outer.base_model_prefix, outer)
-    return Anatomy(model, outer, base, [layer.module for layer in layers], tops, sites)
+    return ModelParts(model, outer, base, [layer.module for layer in layers], tops, sites)
 
 
 def _path(model: nn.Module, name: str) -> list[nn.Module]:
@@ -163,7 +163,7 @@ class Recorder:
     siblings, which only the paths "gather" and "prefix" need.
     """
 
-    def __init__(self, parts: Anatomy, layers: list[MoELayer], *, replayed: set[str]) -> None:
+    def __init__(self, parts: ModelParts, layers: list[MoELayer], *, replayed: set[str]) -> None:
         self.parts = parts
         self.layers = layers
         self.replayed = replayed

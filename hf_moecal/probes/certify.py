@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import Anatomy, Capture, Recorder
+from .capture import Capture, ModelParts, Recorder
 from .replay import (
     Reroute,
     delta_logits,
@@ -53,7 +53,7 @@ class Certificate:
     coefficient: float | None = None
 
 
-def columns_of(parts: Anatomy, layer: MoELayer, capture: Capture) -> int:
+def columns_of(parts: ModelParts, layer: MoELayer, capture: Capture) -> int:
     """How many columns an index of one expert needs, checked by sum_k w_k E_k giving the experts' output.
 
     One is enough nearly everywhere; some experts take a second, of weight zero, to tell tokens from choices.
@@ -80,7 +80,7 @@ def columns_of(parts: Anatomy, layer: MoELayer, capture: Capture) -> int:
 
 
 def counterfactual_logits(
-    parts: Anatomy, capture: Capture, layer: MoELayer, route: Reroute, certificate: Certificate
+    parts: ModelParts, capture: Capture, layer: MoELayer, route: Reroute, certificate: Certificate
 ) -> Tensor:
     """Logits `[n, m, V]` of the rerouted tokens, by the path that the certificate names."""
     if certificate.path == "delta":
@@ -89,7 +89,7 @@ def counterfactual_logits(
     return path(parts, capture, layer, route)
 
 
-def certify(parts: Anatomy, layer: MoELayer, capture: Capture, columns: int) -> Certificate:
+def certify(parts: ModelParts, layer: MoELayer, capture: Capture, columns: int) -> Certificate:
     """Compares each path with full forwards in which tokens were rerouted, and takes the cheapest exact one.
 
     It runs in evaluation mode and without gradient, on one or two real tokens of one row of the captured batch; where
@@ -118,7 +118,7 @@ def certify(parts: Anatomy, layer: MoELayer, capture: Capture, columns: int) -> 
 
 
 def _cheapest(
-    parts: Anatomy, seen: Capture, layer: MoELayer, route: Reroute, truth: Tensor, untried: Certificate
+    parts: ModelParts, seen: Capture, layer: MoELayer, route: Reroute, truth: Tensor, untried: Certificate
 ) -> Certificate:
     misses = []
     for path in ("delta", "gather", "prefix"):
@@ -144,7 +144,7 @@ def _tolerance(dtype: torch.dtype, capture: Capture) -> float:
     return _TOLERANCE if dtype in (torch.float32, torch.float64) else 8 * torch.finfo(dtype).eps
 
 
-def _pushed(parts: Anatomy, seen: Capture, route: Reroute) -> Reroute:
+def _pushed(parts: ModelParts, seen: Capture, route: Reroute) -> Reroute:
     """The same tokens, pushed as hard as their hidden states are long.
 
     Experts that (still) agree, or a single one, move no logit by more than rounding, which would certify any path.
@@ -155,7 +155,7 @@ def _pushed(parts: Anatomy, seen: Capture, route: Reroute) -> Reroute:
     return replace(route, alone=route.alone + push * hidden.float().square().mean().sqrt())
 
 
-def _observed(parts: Anatomy, layer: MoELayer, inputs: dict[str, Any]) -> tuple[Tensor, Capture]:
+def _observed(parts: ModelParts, layer: MoELayer, inputs: dict[str, Any]) -> tuple[Tensor, Capture]:
     recorder = Recorder(parts, [layer], replayed={layer.name})
     with recorder.attached(), unsharded(parts, parts.outer):
         logits = parts.outer(**own_cache(inputs)).logits
@@ -185,7 +185,7 @@ def real_tokens(capture: Capture) -> Tensor:
     return _mask(capture).flatten().nonzero().squeeze(-1)
 
 
-def _certified_tokens(parts: Anatomy, seen: Capture, logits: Tensor) -> Tensor:
+def _certified_tokens(parts: ModelParts, seen: Capture, logits: Tensor) -> Tensor:
     """The last real token of the row and one in the middle; for a classifier the token that it reads."""
     if logits.dim() == 2:
         each = tail(parts, seen, seen.last_hidden.transpose(0, 1))
@@ -195,7 +195,7 @@ def _certified_tokens(parts: Anatomy, seen: Capture, logits: Tensor) -> Tensor:
 
 
 def brute_force(
-    parts: Anatomy, layer: MoELayer, seen: Capture, inputs: dict[str, Any], route: Reroute
+    parts: ModelParts, layer: MoELayer, seen: Capture, inputs: dict[str, Any], route: Reroute
 ) -> tuple[Tensor, Tensor]:
     """One full forward per token and expert, with the experts' output replaced at that token.
 
@@ -212,7 +212,7 @@ def brute_force(
 
 
 def _rerouted(
-    parts: Anatomy, layer: MoELayer, inputs: dict[str, Any], token: Tensor, alone: Tensor
+    parts: ModelParts, layer: MoELayer, inputs: dict[str, Any], token: Tensor, alone: Tensor
 ) -> tuple[Tensor, Capture]:
     def replace_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         flat = output.reshape(-1, output.shape[-1])
@@ -228,7 +228,7 @@ def _rerouted(
     return (logits[0, token] if everywhere else logits.reshape(-1, logits.shape[-1])[-1]), capture
 
 
-def _norm_input(parts: Anatomy, capture: Capture, token: Tensor) -> Tensor:
+def _norm_input(parts: ModelParts, capture: Capture, token: Tensor) -> Tensor:
     try:
         return final_norm(parts, capture)[1].flatten(0, 1)[token]
     except UnsupportedMoEError:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .capture import Anatomy, Capture, ExpertCall
+from .capture import Capture, ExpertCall, ModelParts
 from .routing import MoELayer, UnsupportedMoEError
 from .sharding import unsharded
 
@@ -47,7 +47,7 @@ def patched(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
 
 
 @contextmanager
-def replaying(parts: Anatomy, autocast: dict[str, Any]) -> Iterator[None]:
+def replaying(parts: ModelParts, autocast: dict[str, Any]) -> Iterator[None]:
     """The setting of every replay: no checkpointing, no compiled code, the random state kept, chosen positions off."""
     with ExitStack() as stack:
         checkpointed = [m for m in parts.checkpointable if vars(m).get("gradient_checkpointing", False)]
@@ -94,7 +94,7 @@ def _origin(hook: Callable) -> str:
     return getattr(hook, "__module__", None) or type(hook).__module__
 
 
-def tail(parts: Anatomy, capture: Capture, hidden: Tensor) -> Tensor:
+def tail(parts: ModelParts, capture: Capture, hidden: Tensor) -> Tensor:
     """Logits `[R, V]` of final hidden states `[R, 1, H]`, through the outer model's own forward."""
     if parts.base is parts.outer:
         raise ValueError(
@@ -108,7 +108,7 @@ def tail(parts: Anatomy, capture: Capture, hidden: Tensor) -> Tensor:
     return torch.cat([_tail(parts, capture, part) for part in hidden.split(rows)])
 
 
-def _tail(parts: Anatomy, capture: Capture, hidden: Tensor) -> Tensor:
+def _tail(parts: ModelParts, capture: Capture, hidden: Tensor) -> Tensor:
     tokens = torch.full(hidden.shape[:2], _real_token(parts.outer), dtype=torch.long, device=hidden.device)
 
     def stub(*args: Any, **kwargs: Any) -> Any:
@@ -119,7 +119,7 @@ def _tail(parts: Anatomy, capture: Capture, hidden: Tensor) -> Tensor:
     return logits.reshape(hidden.shape[0], -1)
 
 
-def _has_vocabulary(parts: Anatomy) -> bool:
+def _has_vocabulary(parts: ModelParts) -> bool:
     return parts.outer.get_output_embeddings() is not None
 
 
@@ -128,14 +128,14 @@ def _real_token(outer: nn.Module) -> int:
     return 1 if outer.config.get_text_config().pad_token_id == 0 else 0
 
 
-def run_experts(parts: Anatomy, layer: MoELayer, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def run_experts(parts: ModelParts, layer: MoELayer, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """The experts' weighted output `[T, H]`."""
     with unsharded(parts, layer.module):
         return layer.module(hidden, index, weights).reshape(len(hidden), -1)
 
 
 def consult(
-    parts: Anatomy, layer: MoELayer, call: ExpertCall, tokens: Tensor, index: Tensor, *, columns: int
+    parts: ModelParts, layer: MoELayer, call: ExpertCall, tokens: Tensor, index: Tensor, *, columns: int
 ) -> Tensor:
     """E_k of some tokens: `[n]` flat positions and `[n, k]` expert ids to `[n, k, H]`, in one call of the experts."""
     rows, k = index.shape
@@ -162,7 +162,7 @@ class Reroute:
 
     @classmethod
     def to(
-        cls, parts: Anatomy, layer: MoELayer, call: ExpertCall, tokens: Tensor, ids: Tensor, *, columns: int
+        cls, parts: ModelParts, layer: MoELayer, call: ExpertCall, tokens: Tensor, ids: Tensor, *, columns: int
     ) -> Reroute:
         """Reroutes the tokens to the experts `ids`, `[n, m]`.
 
@@ -180,7 +180,7 @@ class Reroute:
         return cls(tokens, scale.sum(1, keepdim=True) * outputs, together)
 
 
-def delta_logits(parts: Anatomy, capture: Capture, route: Reroute, coefficient: float) -> Tensor:
+def delta_logits(parts: ModelParts, capture: Capture, route: Reroute, coefficient: float) -> Tensor:
     """Logits `[n, m, V]` through the final norm and the head alone."""
     norm, before = final_norm(parts, capture)
     hidden = before.flatten(0, 1)[route.tokens].unsqueeze(1) + coefficient * (route.alone - route.together)
@@ -189,7 +189,7 @@ def delta_logits(parts: Anatomy, capture: Capture, route: Reroute, coefficient: 
     return tail(parts, capture, hidden).reshape(*route.alone.shape[:2], -1)
 
 
-def final_norm(parts: Anatomy, capture: Capture) -> tuple[nn.Module, Tensor]:
+def final_norm(parts: ModelParts, capture: Capture) -> tuple[nn.Module, Tensor]:
     """The module that gave `last_hidden_state`, and what it was given."""
     last = capture.last_hidden
     for module, (given, result) in capture.tops.items():
@@ -200,7 +200,7 @@ def final_norm(parts: Anatomy, capture: Capture) -> tuple[nn.Module, Tensor]:
     raise UnsupportedMoEError(f"{type(parts.base).__name__} ends in no module that gives its last hidden state.")
 
 
-def gather_logits(parts: Anatomy, capture: Capture, layer: MoELayer, route: Reroute) -> Tensor:
+def gather_logits(parts: ModelParts, capture: Capture, layer: MoELayer, route: Reroute) -> Tensor:
     """Logits `[n, m, V]` through the layer's own decoder layer and the tail, on the probed tokens alone."""
     repeated = route.tokens.repeat_interleave(route.alone.shape[1])
 
@@ -213,7 +213,7 @@ def gather_logits(parts: Anatomy, capture: Capture, layer: MoELayer, route: Rero
     return tail(parts, capture, hidden).reshape(*route.alone.shape[:2], -1)
 
 
-def prefix_logits(parts: Anatomy, capture: Capture, layer: MoELayer, route: Reroute) -> Tensor:
+def prefix_logits(parts: ModelParts, capture: Capture, layer: MoELayer, route: Reroute) -> Tensor:
     """Logits `[n, m, V]` through whole sequences from the layer's own decoder layer on, one per token and expert."""
     call, (batch, length) = capture.calls[layer.name], capture.batch_shape
     repeated = route.tokens.repeat_interleave(route.alone.shape[1])
@@ -230,7 +230,7 @@ def prefix_logits(parts: Anatomy, capture: Capture, layer: MoELayer, route: Rero
 
 
 def _replay(
-    parts: Anatomy,
+    parts: ModelParts,
     capture: Capture,
     layer: MoELayer,
     inputs: dict[str, Any],

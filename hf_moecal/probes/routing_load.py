@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import Recorder, anatomy
+from .capture import Recorder, model_parts
 from .certify import evaluating, real_tokens
 from .routing import MoELayer, RoutingRecord, find_moe_layers
 
@@ -127,7 +127,7 @@ def routing_statistics(
     ```
     """
     layers = find_moe_layers(model)
-    recorder = Recorder(anatomy(model, layers), layers, replayed=set())
+    recorder = Recorder(model_parts(model, layers), layers, replayed=set())
     tallies = [_Tally(layer) for layer in layers]
     device = next(model.parameters()).device
     with recorder.attached(), evaluating(model):

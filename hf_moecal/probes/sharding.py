@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from .capture import Anatomy
+from .capture import ModelParts
 
 
 @contextmanager
-def unsharded(parts: Anatomy, called: nn.Module) -> Iterator[None]:
+def unsharded(parts: ModelParts, called: nn.Module) -> Iterator[None]:
     """Whole weights where FSDP2 shards them, for a module that a replay calls outside the forward of its unit.
 
     A module that is a unit itself, or that holds some, gathers their weights by its own hooks.
@@ -35,14 +35,14 @@ def unsharded(parts: Anatomy, called: nn.Module) -> Iterator[None]:
         unit.reshard()
 
 
-def is_sharded(parts: Anatomy) -> bool:
+def is_sharded(parts: ModelParts) -> bool:
     """Whether running a module is a joint act of all processes: under FSDP2, and under DeepSpeed ZeRO-3."""
     return any(
         _is_unit(module) or any(hasattr(p, "ds_id") for p in module._parameters.values()) for module in _shared(parts)
     )
 
 
-def _shared(parts: Anatomy) -> Iterable[nn.Module]:
+def _shared(parts: ModelParts) -> Iterable[nn.Module]:
     """The modules whose weights processes may share out; none in one process, as every replay would walk them."""
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     return parts.model.modules() if several else ()

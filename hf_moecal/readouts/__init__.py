@@ -1,1 +1,1 @@
-"""How experts' predictions become one: mixtures, committees, reading them, what a checkpoint records."""
+"""How experts' predictions become one: mixtures, committees, attaching them to a model, what a checkpoint records."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_moecal.calibration import (
+from ..calibration import (
     CalibrationRecord,
     Calibrator,
     PerExpertTemperatureCalibrator,
@@ -19,12 +19,12 @@ from hf_moecal.calibration import (
     read_record,
     write_record,
 )
-from hf_moecal.calibration.record import FILE_NAME
-from hf_moecal.probes import find_moe_layers
-from hf_moecal.readouts.committee import MEMBERS_FILE, count_members, load_members
-from hf_moecal.readouts.mixture import Readout
-from hf_moecal.readouts.reading import ATTACHED, Reading
-from hf_moecal.table import IGNORED_LABEL
+from ..calibration.record import FILE_NAME
+from ..probes import find_moe_layers
+from ..table import IGNORED_LABEL
+from .attached import ATTACHED, AttachedReadout
+from .committee import MEMBERS_FILE, count_members, load_members
+from .mixture import Readout
 
 
 def record_readout(model_dir: str | Path, readout: Readout) -> None:
@@ -113,13 +113,13 @@ def attach_readout(model: nn.Module, readout: Readout) -> None:
             f"A readout mixes probabilities of classes, and {type(model).__name__} with num_labels="
             f"{model.config.num_labels} and problem_type={model.config.problem_type!r} has none."
         )
-    reading = Reading(model, readout, rows=language, training=False)
-    reading.__enter__()  # never left: it belongs to the model now
+    attached = AttachedReadout(model, readout, rows=language, training=False)
+    attached.__enter__()  # never left: it belongs to the model now
     if language:
-        serving = _LanguageModel(reading)
+        serving = _LanguageModel(attached)
         model.register_forward_pre_hook(serving.ask, with_kwargs=True)
     model.register_forward_hook(serving.answer if language else _with_loss, with_kwargs=True)
-    setattr(model, ATTACHED, reading)
+    setattr(model, ATTACHED, attached)
 
 
 def _with_loss(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -130,15 +130,15 @@ def _with_loss(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: An
 
 
 class _LanguageModel:
-    """Between a language model's caller and its reading: positions are asked for before a forward, answered after."""
+    """Between a language model's caller and its readout: positions are asked for before a forward, answered after."""
 
-    def __init__(self, reading: Reading) -> None:
-        self._reading = reading
+    def __init__(self, attached: AttachedReadout) -> None:
+        self._attached = attached
         self._asked: tuple[Any, tuple[int, int], Tensor | None] | None = None
 
     def ask(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         self._asked = None
-        if model.training or self._reading.is_quiet:
+        if model.training or self._attached.is_quiet:
             return None
         given = args[0] if args else kwargs.get("input_ids")
         given = kwargs.get("inputs_embeds") if given is None else given
@@ -149,17 +149,17 @@ class _LanguageModel:
         labels = kwargs.get("labels")
         if labels is not None and tokens.shape != everywhere.shape:
             raise ValueError("A loss needs every position; leave `logits_to_keep` or `labels` unset.")
-        reading = self._reading.at(tokens.reshape(-1))
-        reading.__enter__()
-        self._asked = reading, tuple(tokens.shape), labels
+        attached = self._attached.at(tokens.reshape(-1))
+        attached.__enter__()
+        self._asked = attached, tuple(tokens.shape), labels
         return args, {name: value for name, value in kwargs.items() if name not in ("logits_to_keep", "labels")}
 
     def answer(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if self._asked is None or self._reading.is_quiet:
+        if self._asked is None or self._attached.is_quiet:
             return output
-        (reading, shape, labels), self._asked = self._asked, None
-        found = self._reading.together(output, lambda part, log_probs: log_probs)
-        reading.__exit__(None, None, None)
+        (attached, shape, labels), self._asked = self._asked, None
+        found = self._attached.together(output, lambda part, log_probs: log_probs)
+        attached.__exit__(None, None, None)
         output["logits"] = found.unflatten(0, shape)
         if labels is not None:
             output["loss"] = F.nll_loss(output["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten())

@@ -7,7 +7,7 @@ the prompt. Otherwise an option's score is the log-likelihood of its tokens afte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,18 +18,17 @@ from ..objectives import check_labels, example_losses
 from ..probes.agreement import among
 from ..table import ABSENT_LOGIT, IGNORED_LABEL
 from .prompts import Continued, encode_continuations
+from .targets import Loss, Mixture
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..probes import ExpertProbe
-    from ..readouts.mixture import Mixed
 
 SCORINGS = ("per_token", "total", "per_byte", "label_word")
 CHOICE_COLUMNS = ("prompt", "options", "prompt_ids", "option_ids")
 _INPUTS = ("input_ids", "attention_mask", "option_mask", "option_lengths", "candidates", "labels")
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class EncodedChoice(NamedTuple):
@@ -198,7 +197,7 @@ def _dtype(fill: float) -> torch.dtype:
     return torch.float32 if isinstance(fill, float) else torch.long
 
 
-class OptionSupervision(NamedTuple):
+class OptionTargets(NamedTuple):
     """The judged rows of a batch of whole options, one for each token of each option.
 
     Attributes:
@@ -240,7 +239,7 @@ class OptionSupervision(NamedTuple):
         found = probe.disagreement_and_regret(self.tokens[chosen], self.labels[chosen])
         return tuple(self._mean(values, chosen) for values in found)
 
-    def narrowed(self, part: slice, mixed: Mixed) -> tuple[Mixed, Tensor]:
+    def narrowed(self, part: slice, mixed: Mixture) -> tuple[Mixture, Tensor]:
         """The mixture of a slice of the rows, and the options' tokens there."""
         return mixed, self.labels[part]
 
@@ -259,7 +258,7 @@ class OptionSupervision(NamedTuple):
         return values.new_zeros(len(count)).index_add(0, member, values) / count
 
 
-class WordSupervision(NamedTuple):
+class WordTargets(NamedTuple):
     """The judged rows of a batch of label words, one for each example.
 
     Attributes:
@@ -288,9 +287,12 @@ class WordSupervision(NamedTuple):
         """Loss over the options of each labelled example, `[num_examples]`, with gradient."""
         return choice_losses(rows, self.candidates != IGNORED_LABEL, self.right, loss)
 
-    def narrowed(self, part: slice, mixed: Mixed) -> tuple[Mixed, Tensor]:
+    def narrowed(self, part: slice, mixed: Mixture) -> tuple[Mixture, Tensor]:
         """The mixture of a slice of the rows over their candidates, and the right one; any for rows without label."""
-        own, alone = (among(logits, self.candidates[part]).log_softmax(-1) for logits in mixed[:2])
+        own, alone = (
+            among(logits, self.candidates[part]).log_softmax(-1)
+            for logits in (mixed.log_probs, mixed.expert_log_probs)
+        )
         return mixed._replace(log_probs=own, expert_log_probs=alone), self.right[part].clamp_min(0)
 
     def mean_by_example(self, values: Tensor) -> Tensor:
@@ -303,7 +305,7 @@ class WordSupervision(NamedTuple):
         return probe.disagreement_and_regret(self.tokens[known], self.right[known], candidates=self.candidates[known])
 
 
-def supervise_choice(inputs: Mapping[str, Any]) -> OptionSupervision | WordSupervision:
+def choice_targets(inputs: Mapping[str, Any]) -> OptionTargets | WordTargets:
     """What a batch of [`ChoiceCollator`] is judged on.
 
     Raises:
@@ -321,7 +323,7 @@ def supervise_choice(inputs: Mapping[str, Any]) -> OptionSupervision | WordSuper
         _check_right(right, candidates != IGNORED_LABEL)
         mask = inputs["attention_mask"]
         rows = torch.arange(len(mask), device=mask.device)
-        return WordSupervision(rows * mask.shape[1] + mask.sum(1) - 1, candidates, right)
+        return WordTargets(rows * mask.shape[1] + mask.sum(1) - 1, candidates, right)
     lengths = inputs["option_lengths"]
     _check_right(right, lengths > 0)
     here = lengths > 0
@@ -331,7 +333,7 @@ def supervise_choice(inputs: Mapping[str, Any]) -> OptionSupervision | WordSuper
     found = after.nonzero().squeeze(1)
     sequence, position = found // (width - 1), found % (width - 1)
     labels = inputs["input_ids"][here][sequence, position + 1]
-    return OptionSupervision(sequence * width + position, labels, option[sequence], lengths, right)
+    return OptionTargets(sequence * width + position, labels, option[sequence], lengths, right)
 
 
 def flat_inputs(inputs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -18,10 +18,10 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..cli.runs import load_classifier
 from ..hub.checkpoint_files import write_training_record
 from ..metrics import calibration_report
 from ..model.freezing import set_trainable
+from ..model.loading import load_classifier
 from ..model.prefix_cache import PrefixCache
 from ..predictions import predict
 from ..predictions.classifier import padded, tokenized

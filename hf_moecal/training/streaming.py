@@ -1,7 +1,7 @@
 """Optimizer batches that run each micro-batch once, though its coefficients depend on those that follow.
 
-[`ScaledWindow`] back-propagates each micro-batch at once and divides the gradient at the end by what was unknown:
-for free, but only one common factor may be unknown. [`HeldWindow`] keeps the graph of every micro-batch and
+[`ScaledBatch`] back-propagates each micro-batch at once and divides the gradient at the end by what was unknown:
+for free, but only one common factor may be unknown. [`HeldBatch`] keeps the graph of every micro-batch and
 back-propagates them together at the end: exact for every objective, at the price of memory.
 """
 
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 
 from ..model.freezing import last_moe_site
 from .arguments import MoECalArguments
-from .window import Window
+from .optimizer_batch import OptimizerBatch
 
 
 LARGEST_EXPONENT = 40.0  # e^40 times a gradient is far below the largest number of float32 and bfloat16
 
 
-class ScaledWindow(Window):
+class ScaledBatch(OptimizerBatch):
     """Back-propagates with weights exp(eta (l - r)) and divides the reduced gradient by their sum Z.
 
     That is softmax(eta l), the Robust objective with detached weights. The reference r, the largest loss of the first
     micro-batch over all processes, cancels, and makes Z at least one. If a later loss is so much larger that its
-    weight would overflow, the window is run again with the coefficients, which are known by then.
+    weight would overflow, the batch is run again with the coefficients, which are known by then.
     """
 
     measures_first = False
@@ -44,7 +44,7 @@ class ScaledWindow(Window):
         if self._reference is None:
             self._reference = self._largest(measured)
         weights = measured if self._reference is None else self._exponents(measured).clamp(max=LARGEST_EXPONENT).exp()
-        term = self._sum(weights, losses, alone, balance)  # the last two are none: see `choose_window`
+        term = self._sum(weights, losses, alone, balance)  # the last two are none: see `choose_batch_type`
         value = 0.0
         if self.at_end:
             self.weigh()
@@ -72,7 +72,7 @@ class ScaledWindow(Window):
         return None if largest.isneginf() else largest
 
 
-class HeldWindow(Window):
+class HeldBatch(OptimizerBatch):
     """Holds the graphs of all micro-batches until the last losses are known, then back-propagates them at once.
 
     Gradients come from one backward pass, so whatever wraps the model reduces them once.
@@ -95,9 +95,9 @@ class HeldWindow(Window):
         return self._sum(torch.cat(self.coefficients), torch.cat(every), alone, balance) + self._constant
 
 
-def choose_window(
+def choose_batch_type(
     model: nn.Module, args: MoECalArguments, *, accelerator: Accelerator, balanced: bool = False
-) -> tuple[type[Window], str]:
+) -> tuple[type[OptimizerBatch], str]:
     """How the optimizer batches of a run get their coefficients.
 
     Args:
@@ -107,45 +107,45 @@ def choose_window(
         balanced (`bool`, *optional*, defaults to `False`): whether the routers' load-balancing loss is added.
 
     Returns:
-        `tuple[type[Window], str]`: the kind of window, and one line that says which it is and why; empty where every
-        micro-batch runs once in any case.
+        `tuple[type[OptimizerBatch], str]`: the kind of batch, and one line that says which it is and why; empty where
+        every micro-batch runs once in any case.
 
     Raises:
         ValueError: `args.normalizer="streaming"` is not exact in this run.
     """
     if not args.is_robust or args.gradient_accumulation_steps == 1:
-        return Window, ""
+        return OptimizerBatch, ""
     beside = balanced or args.expert_loss_weight > 0  # is not divided by the weights' sum
     one_factor = args.objective == "robust" and args.detach_weights and not beside and args.readout_members == 1
-    streaming = ScaledWindow if one_factor else HeldWindow
+    streaming = ScaledBatch if one_factor else HeldBatch
     obstacle = _obstacle(streaming, accelerator)
     if args.normalizer == "streaming":
         if obstacle:
             raise ValueError(f"normalizer='streaming' is not exact here: {obstacle}; set normalizer='two_pass'.")
         return streaming, "normalizer=streaming, as asked"
     if args.normalizer == "two_pass":
-        return Window, "normalizer=two_pass, as asked"
+        return OptimizerBatch, "normalizer=two_pass, as asked"
     extra = args.gradient_accumulation_steps - 1
     if obstacle:
-        return Window, f"normalizer=two_pass, {extra} extra forwards per step: {obstacle}"
+        return OptimizerBatch, f"normalizer=two_pass, {extra} extra forwards per step: {obstacle}"
     if one_factor:
         return streaming, "normalizer=streaming, no extra forward: the weights' sum is divided out at the end"
     if _trains_late(model):
         return streaming, "normalizer=streaming, no extra forward: the graphs held are those of the last layers"
-    return Window, (
+    return OptimizerBatch, (
         f"normalizer=two_pass, {extra} extra forwards per step: normalizer='streaming' needs none, but holds the "
         f"activations of {extra + 1} micro-batches"
     )
 
 
-def _obstacle(window: type[Window], accelerator: Accelerator) -> str | None:
-    """Why a kind of window would not be exact, if it would not."""
+def _obstacle(batch_type: type[OptimizerBatch], accelerator: Accelerator) -> str | None:
+    """Why a kind of batch would not be exact, if it would not."""
     kind = accelerator.distributed_type
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
         return f"{kind.value} keeps the gradients to itself"
-    if window is ScaledWindow and accelerator.mixed_precision == "fp16":
+    if batch_type is ScaledBatch and accelerator.mixed_precision == "fp16":
         return "weights before their division overflow in fp16 (bf16 is fine)"
-    if window is HeldWindow and accelerator.gradient_state.plugin_kwargs.get("sync_each_batch"):
+    if batch_type is HeldBatch and accelerator.gradient_state.plugin_kwargs.get("sync_each_batch"):
         return "`sync_each_batch` expects a backward pass after every forward"
     return None
 

@@ -29,15 +29,15 @@ from .arguments import MoECalArguments
 from .aux_loss import balance_coefficient
 from .checkpoints import checkpoint_to_resume, restore_weights
 from .compatibility import check_arguments, check_datasets, check_distribution, check_optimizer, checked_loader
-from .judge import Judge
-from .streaming import choose_window
-from .window import BatchSummary, RandomState, Window, average_summaries, without_repeats
+from .losses import LossComputer
+from .optimizer_batch import BatchSummary, OptimizerBatch, RandomState, average_summaries, without_repeats
+from .streaming import choose_batch_type
 
 
 class MoECalMixin:
     """Makes the Trainer behind it optimise `args.objective` over the whole optimizer batch; see [`MoECalTrainer`]."""
 
-    loss_is_scaled_for_ga = True  # the coefficients are derivatives over the whole window already
+    loss_is_scaled_for_ga = True  # the coefficients are derivatives over the whole optimizer batch
     needs_labels = True  # in the datasets; a trainer that makes the labels itself needs none
 
     def __init__(self, model: nn.Module | None = None, args: MoECalArguments | None = None, **kwargs: Any):
@@ -53,14 +53,14 @@ class MoECalMixin:
         self._balance = balance_coefficient(self.model, args.router_aux_loss_coef, cached=cached)
         balanced = f"router aux loss times {self._balance:g}" if self._balance else "no router aux loss"
         self.trains = f"{what_trains(self.model, args.train)}; {balanced}"
-        self._window_type, self.normalizes = choose_window(
+        self._batch_type, self.normalizes = choose_batch_type(
             self.model, args, accelerator=self.accelerator, balanced=self._balance > 0
         )
         if args.objective == "robust_filtered" or args.readout != "native":
             find_moe_layers(self.model)  # refuses a model without mixtures now, not after the warm-up
-        self._window: Window | None = None
+        self._optimizer_batch: OptimizerBatch | None = None
         self._measuring: int | None = None
-        self._judge: Judge | None = None
+        self._loss_computer: LossComputer | None = None
         self._summaries: list[BatchSummary] = []
         self.compute_loss_func = self._objective_loss
         if self.compute_metrics is None:
@@ -74,7 +74,7 @@ class MoECalMixin:
             resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         self.accelerator.print(self.trains)
         with self._judged():
-            self._judge.prepare(self.train_dataset)
+            self._loss_computer.prepare(self.train_dataset)
             if self.normalizes and self.args.normalizer == "auto":
                 self.accelerator.print(self.normalizes)
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -91,23 +91,23 @@ class MoECalMixin:
         batches, count = super().get_batch_samples(*args, **kwargs)
         batches = without_repeats(batches, self.accelerator)
         eta = self.args.eta_at(self.state.global_step / self.state.max_steps)
-        window_type = self._window_type if eta > 0 and len(batches) > 1 else Window
-        self._window = window_type(batches, args=self.args, accelerator=self.accelerator, eta=eta)
+        batch_type = self._batch_type if eta > 0 and len(batches) > 1 else OptimizerBatch
+        self._optimizer_batch = batch_type(batches, args=self.args, accelerator=self.accelerator, eta=eta)
         if self.state.global_step == 0:
             self._summaries = []  # those of a run that started again with a smaller batch
         return batches, count
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        window, device = self._window, self.args.device
-        window.position += 1
-        if window.position == 0:
+        batch, device = self._optimizer_batch, self.args.device
+        batch.position += 1
+        if batch.position == 0:
             self._first_pass(model)
         self._set_random_state()
-        with self._measuring_batch(window.position):
+        with self._measuring_batch(batch.position):
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if window.position == 0 and window.measured[-1] is not None:  # the others will draw their numbers again
-            window.frontier = RandomState.current(device)
-        if window.at_end:
+        if batch.position == 0 and batch.measured[-1] is not None:  # the others will draw their numbers again
+            batch.frontier = RandomState.current(device)
+        if batch.at_end:
             self._close(model)
         return loss
 
@@ -115,9 +115,9 @@ class MoECalMixin:
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         # Without the count, Trainer does not multiply by the world size: our mean is over the whole batch already.
-        with self._judge.batch(inputs) as inputs:
+        with self._loss_computer.batch(inputs) as inputs:
             found = super().compute_loss(model, inputs, return_outputs=return_outputs)
-            return (found[0], self._judge.predictions(found[1])) if return_outputs else found
+            return (found[0], self._loss_computer.predictions(found[1])) if return_outputs else found
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._summaries:
@@ -211,28 +211,29 @@ class MoECalMixin:
 
     def _first_pass(self, model: nn.Module) -> None:
         """Measures the losses of micro-batches 1, 2, ... without gradient, where the coefficients depend on them."""
-        window = self._window
-        if window.eta == 0:
-            if window.size > 1:
-                counts = [self._judge.supervise(self._prepare_inputs(batch)).num_examples for batch in window.batches]
-                window.weigh_equally(counts)
-        elif window.measures_first:
+        batch = self._optimizer_batch
+        if batch.eta == 0:
+            if batch.size > 1:
+                prepared = map(self._prepare_inputs, batch.batches)
+                counts = [self._loss_computer.targets(inputs).num_examples for inputs in prepared]
+                batch.weigh_equally(counts)
+        elif batch.measures_first:
             model.train()
-            for index in range(1, window.size):
-                window.random_states[index] = RandomState.current(self.args.device)
+            for index in range(1, batch.size):
+                batch.random_states[index] = RandomState.current(self.args.device)
                 with torch.no_grad():
                     self._forward(model, index)
 
     def _forward(self, model: nn.Module, index: int) -> Tensor:
         """Loss of a micro-batch, unseen by a subclass whose own metrics count the other time that it runs."""
-        inputs = self._prepare_inputs(self._window.batches[index])
+        inputs = self._prepare_inputs(self._optimizer_batch.batches[index])
         with self._measuring_batch(index), self.compute_loss_context_manager():
-            with self._judge.batch(inputs) as inputs:
+            with self._loss_computer.batch(inputs) as inputs:
                 return Trainer.compute_loss(self, model, inputs)
 
     @contextmanager
     def _measuring_batch(self, index: int) -> Iterator[None]:
-        """Within the block, losses are those of a micro-batch of the window, not of evaluation."""
+        """Within the block, losses are those of a micro-batch of training, not of evaluation."""
         self._measuring = index
         try:
             yield
@@ -240,52 +241,54 @@ class MoECalMixin:
             self._measuring = None
 
     def _objective_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        window = self._window
+        batch = self._optimizer_batch
         if self._measuring is None:  # evaluation
-            return self._judge.losses(outputs, plain=True).mean()
-        balance = self._judge.balance()  # before the replays of what follows
-        losses = self._judge.losses(outputs)
-        window.measured[self._measuring] = self._judge.measure(losses, known=window.known(self._measuring))
+            return self._loss_computer.losses(outputs, plain=True).mean()
+        balance = self._loss_computer.balance()  # before the replays of what follows
+        losses = self._loss_computer.losses(outputs)
+        batch.measured[self._measuring] = self._loss_computer.measure(losses, known=batch.known(self._measuring))
         if not torch.is_grad_enabled():
             return losses.sum()
         if balance is not None:
-            window.balances.append(balance.detach())
-            balance = self._balance / window.size * balance
-        return window.loss(losses, self._judge.expert_losses() if self.args.expert_loss_weight else None, balance)
+            batch.balances.append(balance.detach())
+            balance = self._balance / batch.size * balance
+        return batch.loss(
+            losses, self._loss_computer.expert_losses() if self.args.expert_loss_weight else None, balance
+        )
 
     def _set_random_state(self) -> None:
         """A micro-batch draws the same random numbers whenever it runs."""
-        window, device = self._window, self.args.device
-        if window.random_states[window.position] is None:
-            window.random_states[window.position] = RandomState.current(device)
+        batch, device = self._optimizer_batch, self.args.device
+        if batch.random_states[batch.position] is None:
+            batch.random_states[batch.position] = RandomState.current(device)
         else:
-            window.random_states[window.position].restore(device)
+            batch.random_states[batch.position].restore(device)
 
     def _close(self, model: nn.Module) -> None:
-        window = self._window
-        if not window.settle(self.model.parameters()):
+        batch = self._optimizer_batch
+        if not batch.settle(self.model.parameters()):
             model.zero_grad()
-            for position in range(window.size):
-                window.position = position
+            for position in range(batch.size):
+                batch.position = position
                 self._set_random_state()
                 self.accelerator.backward(self._forward(model, position))
-        if window.summary is None:
-            window.weigh()
-        self._summaries.append(window.summary._replace(router_aux_loss=window.mean_balance()))
-        if window.frontier is not None:  # replays went back in time: the next window must not reuse these numbers
-            window.frontier.restore(self.args.device)
+        if batch.summary is None:
+            batch.weigh()
+        self._summaries.append(batch.summary._replace(router_aux_loss=batch.mean_balance()))
+        if batch.frontier is not None:  # replays went back in time: the next batch must not reuse these numbers
+            batch.frontier.restore(self.args.device)
 
     @contextmanager
     def _judged(self) -> Iterator[None]:
-        """Attaches the judge to the model; entered again, as training evaluates, does nothing."""
-        if self._judge is not None:
+        """Attaches to the model what gives its losses; entered again, as training evaluates, does nothing."""
+        if self._loss_computer is not None:
             yield
             return
-        with Judge(self.model, self.args, balanced=self._balance > 0) as self._judge:
+        with LossComputer(self.model, self.args, balanced=self._balance > 0) as self._loss_computer:
             try:
                 yield
             finally:
-                self._judge = None
+                self._loss_computer = None
 
 
 class MoECalTrainer(MoECalMixin, Trainer):
