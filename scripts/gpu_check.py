@@ -170,7 +170,7 @@ class Watched(MoECalTrainer):
         self.gaps: list[float] = []
 
     def _objective_loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        index, window = self._measuring, self._window
+        index, window = self._measuring, self._optimizer_batch
         weighed = None if index is None else window.measured[index]
         loss = super()._objective_loss(outputs, labels, num_items_in_batch)
         if weighed is not None:
