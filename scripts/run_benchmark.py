@@ -1,4 +1,4 @@
-"""Does it work? Trains every method on every shift, judges all of them, writes recipes/results/benchmark.json.
+"""Does it work? Trains every method on every shift, judges all of them, writes recipes/results/benchmark.parquet.
 
     python scripts/fetch_data.py && python scripts/fetch_data.py topics newsgroups
     python scripts/run_benchmark.py                       # everything; a second call goes on where the first stopped
@@ -163,7 +163,7 @@ def save(table: Dataset, path: Path) -> None:
 
 
 def write(tasks: list[Task], budget: Budget, folder: Path, output: Path) -> None:
-    """Scores the runs that are there: `benchmark.json` (one row per set and subset), curves, routing."""
+    """Scores the runs that are there: `benchmark.parquet` (one row per set and subset), curves, routing."""
     rows, curves, routing = [], [], []
     for task in tqdm(tasks, desc="score"):
         for method, readout in [*runs_of(task), (Method(HARD_ROUTED), "native")]:
@@ -184,11 +184,11 @@ def write(tasks: list[Task], budget: Budget, folder: Path, output: Path) -> None
                         print(f"{task.name} {method.name} seed {seed}: no {posthoc}: {error}")
                         continue
                     rows += scoring.score(shown, {**run, "posthoc": posthoc})
-                curves.append({**run, "nll": scoring.curve(table)})
+                curves += [{**run, "set": name, "nll": nll} for name, nll in scoring.curve(table).items()]
     output.mkdir(parents=True, exist_ok=True)
     for name, content in (("benchmark", rows), ("benchmark_curves", curves), ("benchmark_routing", routing)):
-        scoring.write_rows(content, output / f"{name}.json")
-    print(f"{len(rows):,} rows: {output / 'benchmark.json'}")
+        scoring.write_rows(content, output / f"{name}.parquet")
+    print(f"{len(rows):,} rows: {output / 'benchmark.parquet'}")
 
 
 def posthoc_of(method: Method, readout: str, members: int) -> tuple[str, ...]:

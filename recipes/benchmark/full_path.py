@@ -36,7 +36,7 @@ def read(path: str) -> scoring.Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="+", metavar="METHOD=TABLE")
-    parser.add_argument("--output", type=Path, default=ROOT / "recipes" / "results" / "full_path.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "recipes" / "results" / "full_path.parquet")
     options = parser.parse_args()
     rows = []
     for name, _, path in (argument.partition("=") for argument in options.tables):

@@ -1,4 +1,4 @@
-"""benchmark.json becomes the tables of recipes/RESULTS.md and the figure of curves.
+"""benchmark.parquet becomes the tables of recipes/RESULTS.md and the figure of curves.
 
 python recipes/benchmark/report.py                  # prints Markdown, writes recipes/results/benchmark_curves.png
 """
@@ -6,7 +6,6 @@ python recipes/benchmark/report.py                  # prints Markdown, writes re
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
 
-from benchmark.scoring import TEMPERATURES  # noqa: E402
+from benchmark.scoring import TEMPERATURES, read_rows  # noqa: E402
 from benchmark.settings import SENSITIVITY_TASKS, TASKS  # noqa: E402
 
 
@@ -27,6 +26,7 @@ CELLS = ("in-domain", "in-domain hard", "shifted", "shifted hard")
 Key = tuple[str, str, int, str]
 """Method, readout, members, calibrator."""
 Curves = dict[str, list[float]]
+Run = tuple[str, str, str, int, int]  # task, method, readout, members, seed
 """NLL of each set, `"name/subset"`, over the temperatures."""
 
 
@@ -160,14 +160,13 @@ def paired(figures: Figures, task: str, key: Key, cell: str, figure: str) -> str
     return f"{np.mean(found):+.3f} ± {half:.3f}"
 
 
-def equal_in_domain(curves: Sequence[dict[str, Any]]) -> list[list[str]]:
+def equal_in_domain(runs: dict[Run, Curves]) -> list[list[str]]:
     """Hard and shifted NLL at the temperature where each method is as good in-domain as ERM at its best, as ratios.
 
     The temperature is the largest at which the method's in-domain NLL is not above ERM's lowest; a method that never
     gets there has none. ERM itself is at its best temperature.
     """
-    runs = {(c["task"], c["method"], c["readout"], c["members"], c["seed"]): c["nll"] for c in curves}
-    lines, kinds = [], dict.fromkeys(key[1:4] for key in runs)
+    lines, kinds = [], dict.fromkeys(run[1:4] for run in runs)
     for kind in kinds:
         of_kind = [(own, (key[0], *BASELINE[:3], key[4])) for key, own in runs.items() if key[1:4] == kind]
         pairs = [(own, runs[base]) for own, base in of_kind if base in runs]
@@ -206,7 +205,7 @@ DRAWN = (
 )  # fmt: skip
 
 
-def draw_curves(curves: Sequence[dict[str, Any]], path: Path) -> None:
+def draw_curves(curves: dict[Run, Curves], path: Path) -> None:
     """Methods as curves over temperature: in-domain NLL against hard and shifted NLL, as ratios to ERM at its best.
 
     Means over the tasks and seeds that all of them have; a dot marks temperature 1.
@@ -216,9 +215,9 @@ def draw_curves(curves: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = {(c["method"], c["readout"], c["members"]): {} for c in curves}
-    for c in curves:
-        runs[c["method"], c["readout"], c["members"]][c["task"], c["seed"]] = c["nll"]
+    runs: dict[tuple, dict[tuple, dict]] = {}
+    for (task, *kind, seed), nll in curves.items():
+        runs.setdefault(tuple(kind), {})[task, seed] = nll
     drawn = [kind for kind in DRAWN if kind in runs]
     common = sorted(set.intersection(*(set(runs[kind]) for kind in drawn)))
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.8), sharex=True, layout="constrained")
@@ -249,6 +248,15 @@ def name_of(key: Key) -> str:
     return ", ".join(parts) + (f" + {posthoc}" if posthoc not in ("", "none") else "")
 
 
+def read_curves(path: Path) -> dict[Run, Curves]:
+    """NLL over temperatures by set, of each task, method, readout, committee and seed."""
+    curves: dict[Run, Curves] = {}
+    for row in read_rows(path):
+        run = (row["task"], row["method"], row["readout"], row["members"], row["seed"])
+        curves.setdefault(run, {})[row["set"]] = row["nll"]
+    return curves
+
+
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
 
@@ -257,8 +265,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "recipes" / "results")
     options = parser.parse_args()
-    figures = Figures(json.loads((options.results / "benchmark.json").read_text()))
-    curves = json.loads((options.results / "benchmark_curves.json").read_text())
+    figures = Figures(read_rows(options.results / "benchmark.parquet"))
+    curves = read_curves(options.results / "benchmark_curves.parquet")
     ordered = sorted(figures.keys, key=lambda key: (key[2], key[1], key[3] != "none"))
     confirming = [name for name in figures.tasks if TASKS[name].shift.startswith("confirmation")]
     usual = [name for name in figures.tasks if name not in confirming and TASKS[name].experts == 4]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from benchmark.settings import COMMITTEES
 
 from hf_moecal.calibration.selection import CANDIDATES, calibrate_table
@@ -18,6 +21,7 @@ from hf_moecal.table import columns
 
 
 FIGURES = ("n", "accuracy", "ece", "ece_debiased", "smooth_ece", "nll", "brier", "signed_gap", "aurc")
+DECIMALS = 5
 TEMPERATURES = np.exp(np.linspace(np.log(0.5), np.log(4.0), 25))
 ORACLE = "oracle_temperature"
 _READ = ("id", "label", "logits", "group", "hard")
@@ -94,8 +98,59 @@ def with_oracle(table: Table) -> Table:
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A JSON list, a row to a line."""
-    path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    """Rows of figures as small Parquet: numbers are decimals of [`DECIMALS`] places, null where not finite."""
+    table = pa.Table.from_pylist([_decimals(row) for row in rows])
+    table = table.cast(pa.schema([(field.name, _narrow(field.type)) for field in table.schema]))
+    leaves = {name: "BYTE_STREAM_SPLIT" for name in table.column_names if pa.types.is_decimal(table[name].type)}
+    leaves |= {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in table.column_names if _is_curve(table[name])}
+    pq.write_table(
+        table,
+        path,
+        compression="zstd",
+        compression_level=19,
+        store_decimal_as_integer=True,
+        use_dictionary=[name for name in table.column_names if not any(leaf.startswith(name) for leaf in leaves)],
+        column_encoding=leaves or None,
+    )
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows that [`write_rows`] wrote, decimals as floats."""
+    return [_floats(row) for row in pq.read_table(path).to_pylist()]
+
+
+def _is_curve(column: pa.ChunkedArray) -> bool:
+    return pa.types.is_list(column.type) and pa.types.is_decimal(column.type.value_type)
+
+
+def _narrow(kind: pa.DataType) -> pa.DataType:
+    """A type whose decimals fit 32 bits."""
+    if pa.types.is_decimal(kind):
+        return pa.decimal128(9, DECIMALS)
+    if pa.types.is_list(kind):
+        return pa.list_(_narrow(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _narrow(field.type)) for field in kind])
+    return kind
+
+
+def _decimals(value: Any) -> Any:
+    if isinstance(value, float):
+        return Decimal(f"{value:.{DECIMALS}f}") if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_decimals(item) for item in value]
+    return {name: _decimals(item) for name, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _floats(value: Any) -> Any:
+    """Decimals as floats, and no entries that only other rows have."""
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, list):
+        return [_floats(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _floats(item) for name, item in value.items() if item is not None}
+    return value
 
 
 def score(table: Table, names: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -103,7 +158,7 @@ def score(table: Table, names: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for test, subset, chosen in subsets(table):
         report = calibration_report(table["label"][chosen], logits=table["logits"][chosen], bootstrap=0)
-        figures = {name: report[name] if name == "n" else round(report[name], 5) for name in FIGURES}
+        figures = {name: report[name] if name == "n" else round(report[name], DECIMALS) for name in FIGURES}
         rows.append({**names, "test": test, "subset": subset, **figures})
     return rows
 
@@ -114,7 +169,7 @@ def curve(table: Table) -> dict[str, list[float]]:
     for test, subset, chosen in subsets(table):
         logits, labels = table["logits"][chosen], table["label"][chosen]
         own = [-log_softmax(logits / t)[np.arange(len(labels)), labels].mean() for t in TEMPERATURES]
-        found[f"{test}/{subset}"] = [round(float(value), 5) for value in own]
+        found[f"{test}/{subset}"] = [round(float(value), DECIMALS) for value in own]
     return found
 
 

@@ -82,7 +82,7 @@ class Method:
     """How the last layer is trained.
 
     Attributes:
-        name (`str`): as in benchmark.json.
+        name (`str`): as in benchmark.parquet.
         arguments (`dict`): fields of `MoECalArguments`.
         readouts (`tuple[str]`): with which it is trained and judged.
         tasks (`tuple[str]`, *optional*): on which it runs; all if unset.

@@ -166,12 +166,12 @@ def test_all_of_it_on_little(tmp_path):
     run = [*command, "--output", str(tmp_path)]
     first = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=400)
     assert first.returncode == 0, first.stderr[-3000:]
-    rows = json.loads((tmp_path / "benchmark.json").read_text())
+    rows = scoring.read_rows(tmp_path / "benchmark.parquet")
     wanted = {"task", "train", "test", "subset", "method", "readout", "members", "posthoc", "seed", "n", "nll"}
     assert wanted <= set(rows[0]) and {row["members"] for row in rows} == {1, 2}
     assert {row["method"] for row in rows} == {"erm", "erm-hard_routing", "robust_filtered-detached"}
     assert all(np.isfinite(row["nll"]) for row in rows)
     tables = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.parquet")}
     again = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=400)
-    assert again.returncode == 0 and json.loads((tmp_path / "benchmark.json").read_text()) == rows
+    assert again.returncode == 0 and scoring.read_rows(tmp_path / "benchmark.parquet") == rows
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.parquet")} == tables
