@@ -138,15 +138,15 @@ class MoECalSFTTrainer(MoECalMixin, SFTTrainer):
     ) -> Any:
         """As [`MoECalTrainer`] does, past SFTTrainer's, which would run the model again for its figures."""
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        with self._losses.batch(inputs) as batch:
+        with self._loss_computer.batch(inputs) as batch:
             loss, outputs = Trainer.compute_loss(self, model, batch, return_outputs=True)
             self._count(outputs, tokens=ids.numel() if mask is None else mask.sum())
-            return (loss, self._losses.predictions(outputs)) if return_outputs else loss
+            return (loss, self._loss_computer.predictions(outputs)) if return_outputs else loss
 
     @torch.no_grad()
     def _count(self, outputs: Any, *, tokens: int | Tensor) -> None:
         """Keeps what SFTTrainer logs, of all processes."""
-        figures = self._losses.row_figures(outputs, _entropy_and_hit).double()
+        figures = self._loss_computer.row_figures(outputs, _entropy_and_hit).double()
         own = torch.cat([figures.new_tensor([float(tokens), len(figures)]), figures.sum(0)])
         tokens, judged, entropy, hits = self.accelerator.gather(own[None]).sum(0).tolist()
         mode = "train" if self.model.training else "eval"

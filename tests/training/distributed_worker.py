@@ -45,7 +45,7 @@ class Witness(MoECalTrainer):
 
     def _objective_loss(self, *args, **kwargs):
         loss = super()._objective_loss(*args, **kwargs)
-        measured = self._window.measured[self._measuring]
+        measured = self._optimizer_batch.measured[self._measuring]
         self.replayed.append(
             (self._measuring, torch.is_grad_enabled(), [column.flatten().tolist() for column in measured])
         )

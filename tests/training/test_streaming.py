@@ -49,7 +49,7 @@ class Counting(MoECalTrainer):
 
     def _objective_loss(self, *args, **kwargs):
         loss = super()._objective_loss(*args, **kwargs)
-        self.seen.append((self._measuring, self._window.measured[self._measuring].losses.flatten().tolist()))
+        self.seen.append((self._measuring, self._optimizer_batch.measured[self._measuring].losses.flatten().tolist()))
         return loss
 
 

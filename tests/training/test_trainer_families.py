@@ -18,7 +18,7 @@ class Recording(MoECalTrainer):
 
     def _close(self, model: nn.Module) -> None:
         super()._close(model)
-        self.window = self._window
+        self.window = self._optimizer_batch
 
 
 def step(model, rows, folder, **settings):
