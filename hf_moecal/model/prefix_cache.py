@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ..probes.replay import patched, without_checkpointing
 from .freezing import check_frozen, last_moe_site
 from .head import RowSelector, pooled_positions
+from .precision import float_parameters, widest_precision
 from .prefix_keys import fingerprint, state_key, tokens_and_mask
 from .state_store import StateStore
 
@@ -93,7 +94,7 @@ class PrefixCache:
         self._frozen = frozen = [model.get_input_embeddings(), *self._site.before, *self._site.siblings.values()]
         check_frozen(frozen)
         self._asked = None if dtype is None else _dtype(dtype)
-        self._dtype = self._asked or _widest([*frozen, self._site.block])
+        self._dtype = self._asked or widest_precision([*frozen, self._site.block])
         self._identity = f"{fingerprint(frozen, model.config)}-{str(self._dtype).removeprefix('torch.')}"
         self._pad = model.config.get_text_config().pad_token_id
         self._layout: dict[str, tuple[Any, list[_Leaf | None]]] = {}
@@ -104,7 +105,7 @@ class PrefixCache:
     def __enter__(self) -> PrefixCache:
         self._store = StateStore(self._folder / self._identity, dtype=self._dtype)
         self._runner = self._model
-        if self._asked is not None and any(p.dtype != self._asked for p in _floats(self._frozen)):
+        if self._asked is not None and any(p.dtype != self._asked for p in float_parameters(self._frozen)):
             self._runner = copy.deepcopy(self._model).to(self._asked)
         modules = {_INPUT: self._site.before[-1], **self._site.siblings}
         stubs = {module: self._stub(name, module.forward) for name, module in modules.items()}
@@ -289,7 +290,7 @@ class PrefixCache:
             replayed = self._logits(judged, torch.ones_like(judged), torch.arange(len(tokens), device=ids.device))
         self._model.train(training)
         error = ((computed - replayed).abs().max() / computed.abs().max().clamp(min=1e-30)).item()
-        exact = max(_EXACT, *(10 * torch.finfo(p.dtype).eps for p in _floats([self._model])))
+        exact = max(_EXACT, *(10 * torch.finfo(p.dtype).eps for p in float_parameters([self._model])))
         if not error <= (exact if self._runner is self._model else _ROUNDED):
             raise ValueError(
                 f"Replaying what comes before the last MoE block of {type(self._model).__name__} changes its logits "
@@ -308,15 +309,6 @@ def _run(model: nn.Module, **inputs: Any) -> Any:
     """A forward in the weights' own precision, also where accelerate has wrapped the model's in autocast."""
     with torch.autocast(next(model.parameters()).device.type, enabled=False):
         return getattr(model, "_original_forward", model)(**inputs)
-
-
-def _floats(modules: list[nn.Module]) -> Iterator[nn.Parameter]:
-    return (p for module in modules for p in module.parameters() if p.is_floating_point() and p.element_size() > 1)
-
-
-def _widest(modules: list[nn.Module]) -> torch.dtype:
-    """A precision that holds the states of all these modules unrounded."""
-    return functools.reduce(torch.promote_types, {parameter.dtype for parameter in _floats(modules)})
 
 
 def _dtype(name: str) -> torch.dtype:
