@@ -10,35 +10,35 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from tqdm.auto import tqdm
 
-from ..probes.replay import patched
+from ..probes.replay import patched, without_checkpointing
 from .freezing import check_frozen, last_moe_site
 from .head import RowSelector, pooled_positions
+from .precision import float_parameters, widest_precision
+from .prefix_keys import fingerprint, state_key, tokens_and_mask
 from .state_store import StateStore
 
 
 _FLUSH_EVERY = 1024  # sequences: what a killed run computes again at most
 _VERIFIED = 8  # judged tokens of the first batch that are computed without the cache as well, to compare
-_UNRELATED = (  # settings that no hidden state depends on
-    *("_name_or_path", "architectures", "id2label", "label2id", "problem_type", "transformers_version"),
-    *("use_cache", "output_router_logits", "router_aux_loss_coef"),
-)
-_SHAPING = ("position_ids", "inputs_embeds", "token_type_ids", "past_key_values")
-
-
 _INPUT = "layer input"
 _EXACT, _ROUNDED = 1e-5, 0.2  # accepted error of a replayed forward, in the model's precision and in a lower one
+
+
+class _Leaf(NamedTuple):
+    """Of one token: shape and precision of a tensor that a module gives."""
+
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 class _Recorded(Exception):
@@ -91,13 +91,13 @@ class PrefixCache:
         self._site = last_moe_site(model)
         if self._site.index == 0:
             raise ValueError("The last MoE block is in the model's first layer: nothing before it is worth caching.")
-        frozen = [model.get_input_embeddings(), *self._site.before, *self._site.siblings.values()]
+        self._frozen = frozen = [model.get_input_embeddings(), *self._site.before, *self._site.siblings.values()]
         check_frozen(frozen)
-        self._block_dtype = next(self._site.block.parameters()).dtype
-        self._dtype = self._block_dtype if dtype is None else _dtype(dtype)
+        self._asked = None if dtype is None else _dtype(dtype)
+        self._dtype = self._asked or widest_precision([*frozen, self._site.block])
         self._identity = f"{fingerprint(frozen, model.config)}-{str(self._dtype).removeprefix('torch.')}"
         self._pad = model.config.get_text_config().pad_token_id
-        self._layout: dict[str, tuple[Any, list[torch.Size]]] = {}
+        self._layout: dict[str, tuple[Any, list[_Leaf | None]]] = {}
         self._found: dict[str, Any] | None = None
         self._verified = False
         self.computed = self.replayed = 0
@@ -105,8 +105,8 @@ class PrefixCache:
     def __enter__(self) -> PrefixCache:
         self._store = StateStore(self._folder / self._identity, dtype=self._dtype)
         self._runner = self._model
-        if self._dtype != self._block_dtype:
-            self._runner = copy.deepcopy(self._model).to(self._dtype)
+        if self._asked is not None and any(p.dtype != self._asked for p in float_parameters(self._frozen)):
+            self._runner = copy.deepcopy(self._model).to(self._asked)
         modules = {_INPUT: self._site.before[-1], **self._site.siblings}
         stubs = {module: self._stub(name, module.forward) for name, module in modules.items()}
         stubs |= {module: self._stub(None, module.forward) for module in self._site.before[:-1]}
@@ -133,7 +133,7 @@ class PrefixCache:
         Raises:
             ValueError: the hidden states depend on more than ids and mask, or the model cannot be replayed.
         """
-        ids, mask = _tokens(inputs)
+        ids, mask = tokens_and_mask(inputs)
         if tokens is None:
             tokens = self._pooled(ids)
         judged = ids.reshape(-1)[tokens][:, None]
@@ -160,7 +160,8 @@ class PrefixCache:
         if self._pad is None:
             raise ValueError("The model has no padding token; set model.config.pad_token_id = tokenizer.pad_token_id.")
         rows = map(torch.tensor, sequences)
-        waiting = {_key(ids, torch.ones_like(ids), pooled_positions(ids[None], self._pad)[0]): ids for ids in rows}
+        ends = ((ids, int(pooled_positions(ids[None], self._pad)[0])) for ids in rows)
+        waiting = {state_key(ids, torch.ones_like(ids).bool(), end): ids for ids, end in ends}
         waiting = sorted((ids for key, ids in waiting.items() if key not in self._store), key=len)
         device = next(self._model.parameters()).device
         with tqdm(total=len(waiting), desc="frozen layers", unit="seq", disable=not progress, delay=1) as bar:
@@ -180,7 +181,8 @@ class PrefixCache:
     def _giving(self, found: dict[str, Any]) -> Iterator[None]:
         self._found = found
         try:
-            yield
+            with without_checkpointing(self._model.modules()):
+                yield
         finally:
             self._found = None
 
@@ -192,8 +194,8 @@ class PrefixCache:
     def _vectors(self, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
         """One stored vector per judged token, `[n, D]`; those that are not stored yet are computed."""
         rows, positions = (tokens // ids.shape[1]).tolist(), (tokens % ids.shape[1]).tolist()
-        real = [(row[kept.bool()], kept) for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
-        keys = [_key(*real[row], position) for row, position in zip(rows, positions, strict=True)]
+        pairs = list(zip(ids.cpu(), mask.cpu().bool(), strict=True))
+        keys = [state_key(*pairs[row], position) for row, position in zip(rows, positions, strict=True)]
         if not all(key in self._store for key in keys):
             self._store.refresh()
         vectors = [self._store.get(key) for key in keys]
@@ -209,18 +211,20 @@ class PrefixCache:
             before, self.computed = self.computed, self.computed + len(missing)
             if before // _FLUSH_EVERY != self.computed // _FLUSH_EVERY:
                 self._store.flush()
-        return torch.stack([vector.to(ids.device, self._block_dtype) for vector in vectors])
+        return torch.stack([vector.to(ids.device) for vector in vectors])
 
     def _unpacked(self, vectors: Tensor) -> dict[str, Any]:
         found, start = {}, 0
-        for name, (structure, shapes) in self._layout.items():
-            leaves = []
-            for shape in shapes:
-                leaves.append(None if shape is None else vectors[:, start : start + shape.numel()])
-                if shape is not None:
-                    leaves[-1] = leaves[-1].reshape(len(vectors), 1, *shape)
-                    start += shape.numel()
-            found[name] = tree_unflatten(leaves, structure)
+        for name, (structure, leaves) in self._layout.items():
+            states = []
+            for leaf in leaves:
+                if leaf is None:
+                    states.append(None)
+                    continue
+                own = vectors[:, start : start + leaf.shape.numel()].to(leaf.dtype)
+                states.append(own.reshape(len(vectors), 1, *leaf.shape))
+                start += leaf.shape.numel()
+            found[name] = tree_unflatten(states, structure)
         return found
 
     def _stub(self, name: str | None, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -244,12 +248,16 @@ class PrefixCache:
 
         def keep(name: str, output: Any) -> None:
             leaves, structure = tree_flatten(output)
-            if not all(leaf is None or (isinstance(leaf, Tensor) and leaf.shape[:2] == ids.shape) for leaf in leaves):
+            of_tokens = [isinstance(leaf, Tensor) and leaf.shape[:-1] == ids.shape for leaf in leaves]
+            if not of_tokens[0]:
                 raise ValueError(
-                    f"{name!r} of {type(self._model).__name__} gives more than one state per token, which cannot be "
-                    "replayed; leave `prefix_cache` unset."
+                    f"{name!r} of {type(self._model).__name__} gives no state per token, so it cannot be replayed; "
+                    "leave `prefix_cache` unset."
                 )
-            outputs[name] = structure, [None if leaf is None else leaf[rows, positions] for leaf in leaves]
+            # What comes beside the states (attention weights of the eager implementation) is nobody's input: if it
+            # were, the comparison with a whole forward would tell.
+            pairs = zip(leaves, of_tokens, strict=True)
+            outputs[name] = structure, [leaf[rows, positions] if kept else None for leaf, kept in pairs]
 
         def stop(module: nn.Module, args: tuple) -> None:
             raise _Recorded
@@ -261,12 +269,14 @@ class PrefixCache:
             hooks.callback(site.block.register_forward_pre_hook(stop).remove)
             with suppress(_Recorded):
                 _run(self._runner, input_ids=ids, attention_mask=mask, use_cache=False)
+        # Of a copy in another precision the states go on in that of the model's own.
+        dtype = None if self._runner is self._model else self._model.get_input_embeddings().weight.dtype
         self._layout = {
-            name: (structure, [None if leaf is None else leaf.shape[1:] for leaf in leaves])
-            for name, (structure, leaves) in outputs.items()
+            name: (structure, [None if one is None else _Leaf(one.shape[1:], dtype or one.dtype) for one in kept])
+            for name, (structure, kept) in outputs.items()
         }
-        kept = [leaf.flatten(1) for _, leaves in outputs.values() for leaf in leaves if leaf is not None]
-        return torch.cat(kept, dim=1)
+        states = [state for _, kept in outputs.values() for state in kept if state is not None]
+        return torch.cat([state.flatten(1).to(self._dtype) for state in states], dim=1)
 
     def _verify(self, ids: Tensor, mask: Tensor, tokens: Tensor, vectors: Tensor) -> None:
         """Compares a whole with a replayed forward, in evaluation mode."""
@@ -280,8 +290,8 @@ class PrefixCache:
             replayed = self._logits(judged, torch.ones_like(judged), torch.arange(len(tokens), device=ids.device))
         self._model.train(training)
         error = ((computed - replayed).abs().max() / computed.abs().max().clamp(min=1e-30)).item()
-        exact = max(_EXACT, 10 * torch.finfo(self._block_dtype).eps)
-        if not error <= (exact if self._dtype == self._block_dtype else _ROUNDED):
+        exact = max(_EXACT, *(10 * torch.finfo(p.dtype).eps for p in float_parameters([self._model])))
+        if not error <= (exact if self._runner is self._model else _ROUNDED):
             raise ValueError(
                 f"Replaying what comes before the last MoE block of {type(self._model).__name__} changes its logits "
                 f"by {error:.1e} of their scale; leave `prefix_cache` unset for this model."
@@ -299,38 +309,6 @@ def _run(model: nn.Module, **inputs: Any) -> Any:
     """A forward in the weights' own precision, also where accelerate has wrapped the model's in autocast."""
     with torch.autocast(next(model.parameters()).device.type, enabled=False):
         return getattr(model, "_original_forward", model)(**inputs)
-
-
-def fingerprint(modules: list[nn.Module], config: Any) -> str:
-    """Hash of the weights of modules, and of the configuration that says how they are used."""
-    digest = hashlib.blake2b(digest_size=16)
-    settings = {name: value for name, value in config.to_diff_dict().items() if name not in _UNRELATED}
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _key(ids: Tensor, mask: Tensor, position: Tensor) -> str:
-    if len(ids) == 0:
-        raise ValueError("A sequence of the batch has no token (an empty text?); drop such rows.")
-    start = int(mask.long().argmax())  # left padding shifts positions
-    content = f"{start} {int(position) - start} ".encode() + ids.numpy().tobytes()
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def _tokens(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask of a batch; raises where the hidden states depend on anything else."""
-    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    other = [name for name in _SHAPING if inputs.get(name) is not None]
-    if ids is None or other or (mask is not None and mask.shape != ids.shape):
-        raise ValueError(
-            "The prefix cache knows sequences by `input_ids` and an `attention_mask` of the same shape, but this "
-            f"batch has {other or 'another form'}; leave `prefix_cache` unset."
-        )
-    return ids, torch.ones_like(ids) if mask is None else mask
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,13 +47,23 @@ def patched(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
 
 
 @contextmanager
+def without_checkpointing(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block no layer is checkpointed: the backward pass would run it again when a replay is over."""
+    checkpointed = [module for module in modules if vars(module).get("gradient_checkpointing", False)]
+    try:
+        for module in checkpointed:
+            module.gradient_checkpointing = False
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True
+
+
+@contextmanager
 def replaying(parts: ModelParts, autocast: dict[str, Any]) -> Iterator[None]:
     """The setting of every replay: no checkpointing, no compiled code, the random state kept, chosen positions off."""
     with ExitStack() as stack:
-        checkpointed = [m for m in parts.checkpointable if vars(m).get("gradient_checkpointing", False)]
-        for module in checkpointed:
-            module.gradient_checkpointing = False
-            stack.callback(setattr, module, "gradient_checkpointing", True)
+        stack.enter_context(without_checkpointing(parts.checkpointable))
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if parts.outer.training:

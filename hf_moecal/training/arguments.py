@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from ..metrics.directions import HIGHER, LOWER, NEITHER, direction_of
 from ..model.lora import LORA_ALPHA, LORA_R
 from ..objectives import OBJECTIVES, TAU_DISAGREEMENT, TAU_REGRET, unknown_objective
 from ..readouts.mixture import READOUTS, Readout
@@ -13,7 +14,6 @@ from ..tasks import TASKS
 
 
 NORMALIZERS = ("auto", "two_pass", "streaming")
-_LOWER_IS_BETTER = ("ece", "ece_debiased", "nll", "brier")
 TRAIN_PRESETS = ("all", "last_moe_layer", "routers", "lora")
 
 
@@ -122,8 +122,9 @@ class MoECalArguments(TrainingArguments):
 
     def __post_init__(self):
         self._check()
-        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(_LOWER_IS_BETTER):
-            self.greater_is_better = False  # TrainingArguments would take any metric that is no loss for a score
+        if self.greater_is_better is None and self.metric_for_best_model:
+            # TrainingArguments would take any metric that is no loss for a score.
+            self.greater_is_better = {LOWER: False, HIGHER: True}.get(direction_of(self.metric_for_best_model))
         super().__post_init__()
 
     def _check(self) -> None:
@@ -155,6 +156,11 @@ class MoECalArguments(TrainingArguments):
         if (self.metric_for_best_model or "").endswith("signed_gap"):
             raise ValueError(
                 "`metric_for_best_model` cannot be a signed gap, which is best at 0; choose the ece or nll of the set."
+            )
+        if self.greater_is_better is None and direction_of(self.metric_for_best_model or "") == NEITHER:
+            raise ValueError(
+                f"`metric_for_best_model={self.metric_for_best_model!r}` has no better side; choose the ece or nll of "
+                "the set, or say which side you want with greater_is_better."
             )
         if self.objective == "label_smoothing":
             self.label_smoothing_factor = self.label_smoothing_factor or 0.1

@@ -10,7 +10,9 @@ best-model loading match names without that conversion and skip what does not ma
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
@@ -18,9 +20,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..model.freezing import CONTAINER
+from ..model.precision import widest_precision
 from ..readouts.committee import MEMBERS_FILE, count_members, load_members
+from .arguments import MoECalArguments
 
 
+_RUN_FILE = "moecal_run.json"
+_SAME = ("train", "readout", "readout_experts", "readout_members")
+_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
 _CHECKPOINTS = f"{PREFIX_CHECKPOINT_DIR}-*[0-9]"
 
 
@@ -59,6 +66,43 @@ def _is_complete(checkpoint: str | Path) -> bool:
         return False
 
 
+def record_run(checkpoint: str | Path, args: MoECalArguments) -> None:
+    """Writes into a checkpoint what the run that resumes from it has to have in common with this one."""
+    (Path(checkpoint) / _RUN_FILE).write_text(json.dumps(_common(args), indent=2) + "\n")
+
+
+def check_resumed(checkpoint: str | Path, args: MoECalArguments) -> None:
+    """Raises a `ValueError` where a run differs from that of its checkpoint in what trains or in its batches.
+
+    However an optimizer batch is split over processes and accumulation steps, it may be split otherwise; a checkpoint
+    without a record (of `transformers.Trainer`, say) is taken as it is.
+    """
+    try:
+        stored = json.loads((Path(checkpoint) / _RUN_FILE).read_text())
+    except (OSError, ValueError):
+        return
+    current = _common(args)
+    for name in _SAME:
+        if name in stored and stored[name] != current[name]:
+            raise ValueError(
+                f"Checkpoint {str(checkpoint)!r} was trained with {name}={stored[name]!r}, this run has "
+                f"{name}={current[name]!r}; set {name}={stored[name]!r} to resume, or start anew."
+            )
+    sizes = [[run.get(name) for name in _SPLIT] for run in (stored, current)]
+    if None not in sizes[0] and prod(sizes[0]) != prod(sizes[1]) and not args.auto_find_batch_size:
+        was, now = (
+            f"{prod(size)} rows ({size[0]} a device x {size[1]} steps x {size[2]} processes)" for size in sizes
+        )
+        raise ValueError(
+            f"Checkpoint {str(checkpoint)!r} was trained on optimizer batches of {was}, this run has {now}; change "
+            "per_device_train_batch_size or gradient_accumulation_steps until they agree, or start anew."
+        )
+
+
+def _common(args: MoECalArguments) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in (*_SAME, *_SPLIT[:2])} | {"processes": args.world_size}
+
+
 def restore_weights(model: nn.Module, checkpoint: str | Path) -> bool:
     """Loads every tensor of a checkpoint folder into a plain transformers model, and into its further members.
 
@@ -78,7 +122,8 @@ def restore_weights(model: nn.Module, checkpoint: str | Path) -> bool:
     stored = tensor_names(Path(checkpoint))
     if not stored or stored >= set(_saved_names(model)):
         return False
-    loaded, problems = type(model).from_pretrained(checkpoint, dtype=model.dtype, output_loading_info=True)
+    dtype = widest_precision([model])  # a head in float32 on a body in bfloat16 must not be rounded
+    loaded, problems = type(model).from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
     wrong = [*problems["missing_keys"], *problems["mismatched_keys"], *problems["unexpected_keys"]]
     if wrong:
         raise ValueError(

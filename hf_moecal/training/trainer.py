@@ -27,7 +27,7 @@ from ..readouts.recorded import record_readout
 from ..tasks.choice import CHOICE_COLUMNS, ChoiceCollator
 from .arguments import MoECalArguments
 from .aux_loss import balance_coefficient
-from .checkpoints import checkpoint_to_resume, restore_weights
+from .checkpoints import check_resumed, checkpoint_to_resume, record_run, restore_weights
 from .compatibility import check_arguments, check_datasets, check_distribution, check_optimizer, checked_loader
 from .losses import LossComputer
 from .optimizer_batch import BatchSummary, OptimizerBatch, RandomState, average_summaries, without_repeats
@@ -72,6 +72,7 @@ class MoECalMixin:
         """Trains as `Trainer.train` does; `resume_from_checkpoint=True` takes the newest complete checkpoint."""
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+            check_resumed(resume_from_checkpoint, self.args)
         self.accelerator.print(self.trains)
         with self._judged():
             self._loss_computer.prepare(self.train_dataset)
@@ -189,6 +190,11 @@ class MoECalMixin:
             folder, args = output_dir or self.args.output_dir, self.args
             save_members(self.model, folder)
             record_readout(folder, Readout(args.readout, args.readout_experts, members=args.readout_members))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            record_run(output_dir, self.args)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

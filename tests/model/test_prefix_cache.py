@@ -17,6 +17,7 @@ from transformers import (
 from hf_moecal.model.freezing import set_trainable
 from hf_moecal.model.prefix_cache import PrefixCache
 from hf_moecal.model.state_store import StateStore
+from tests.tiny_moe import tiny_model
 
 
 SETTINGS = dict(
@@ -296,3 +297,71 @@ def test_a_killed_writer_leaves_a_usable_store(tmp_path):
         found = again.get(key)
         assert found is None or torch.equal(found, torch.full((500,), float(key)))
     assert all(again.get(str(i)) is not None for i in range(201))
+
+
+@pytest.mark.parametrize(("family", "window"), [("mixtral", 3), ("gpt_oss", None)])
+def test_windows_and_eager_attention(tmp_path, family, window):
+    """Attention weights come beside the states, and are nobody's input."""
+    changes = dict(sliding_window=window) if window else {}
+    model, inputs = tiny_model(family, classifier=True, num_hidden_layers=3, **changes), batch("right")
+    set_trainable(model, "last_moe_layer")
+    expected = model(**inputs).logits
+    for computed in (2, 0):
+        with PrefixCache(model, tmp_path) as cache, cache.replaying(inputs) as short:
+            torch.testing.assert_close(model(**short).logits, expected, rtol=1e-5, atol=1e-6)
+            assert cache.computed == computed
+
+
+@pytest.mark.parametrize("mask", [[[1, 0, 1, 1], [1, 1, 1, 1]], [[0, 1, 0, 1], [1, 1, 0, 1]], [[1, 1, 1, 0]] * 2])
+def test_a_mask_with_holes_is_part_of_the_key(tmp_path, mask):
+    model = mixtral().eval()
+    ids, mask = torch.tensor([[5, 6, 7, 8], [5, 9, 7, 8]]), torch.tensor(mask)
+    with PrefixCache(model, tmp_path) as cache:
+        for row in ids:
+            cache.fill([row.tolist(), *(row[kept.bool()].tolist() for kept in mask)], progress=False)
+        for inputs in ({"input_ids": ids, "attention_mask": mask}, {"input_ids": ids}):
+            expected = model(**inputs).logits
+            with cache.replaying(inputs) as short:
+                torch.testing.assert_close(model(**short).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("first", ["prefix", "block"])
+def test_parts_in_different_precisions(tmp_path, first):
+    """A block in float32 behind a prefix in bfloat16, a head in float32 behind a block in bfloat16."""
+    model = mixtral()
+    model.model.to(torch.bfloat16)
+    if first == "prefix":
+        model.model.layers[-1].mlp.float().register_forward_pre_hook(lambda m, args: (args[0].float(),))
+    model.score.register_forward_pre_hook(lambda m, args: (args[0].float(),))
+    inputs, found = batch("right"), []
+    whole = model(**inputs).logits
+    whole.square().sum().backward()
+    expected = model.score.weight.grad.clone()
+    for _ in range(2):
+        model.zero_grad()
+        with PrefixCache(model, tmp_path) as cache, cache.replaying(inputs) as short:
+            logits = model(**short).logits
+            logits.square().sum().backward()
+            found.append(logits)
+        torch.testing.assert_close(logits, whole, rtol=2e-2, atol=2e-2)  # other shapes round otherwise
+        torch.testing.assert_close(model.score.weight.grad, expected, rtol=2e-2, atol=2e-2)
+    assert torch.equal(*found), "what is stored is not what was computed"
+
+
+@pytest.mark.parametrize("task", ["classification", "sequence"])
+@pytest.mark.parametrize("changes", [
+    dict(objective="erm"), dict(objective="robust_filtered", tau_regret=0.4),
+    dict(objective="robust", readout="soft_mixture"), dict(objective="robust", readout_members=2),
+])  # fmt: skip
+def test_layers_are_not_checkpointed_while_they_are_replayed(tmp_path, task, changes):
+    """The backward pass would run them when nothing is replayed any more."""
+    from tests.training.helpers import TASKS, arguments, relative_error, trained_gradients
+
+    build, data, settings = TASKS[task]
+    found = []
+    for own in ({}, dict(prefix_cache=str(tmp_path / "prefix"), activation_checkpointing=True)):
+        args = arguments(tmp_path, train="last_moe_layer", **{**settings, **changes}, **own)
+        gradients, trainer = trained_gradients(build(), data(), args)
+        found.append(gradients)
+    assert relative_error(found[1], found[0]) <= 1e-5
+    assert all(m.gradient_checkpointing for m in trainer.model.modules() if hasattr(m, "gradient_checkpointing"))

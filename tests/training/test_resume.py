@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hf_moecal import MoECalTrainer
 from hf_moecal.model.lora import add_lora
@@ -102,3 +103,61 @@ def test_the_best_adapter_is_exactly_that_of_the_best_checkpoint(tmp_path):
     best.load_adapter(trainer.state.best_model_checkpoint, "default", is_trainable=True)
     for (name, one), other in zip(trainer.model.state_dict().items(), best.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize(("first", "then", "message"), [
+    (dict(readout_members=2), dict(readout_members=1), "with readout_members=2, this run has readout_members=1; "),
+    (dict(readout_members=1), dict(readout_members=2), "with readout_members=1, this run has readout_members=2"),
+    (dict(readout="soft_mixture"), dict(), "with readout='soft_mixture', this run has readout='native'"),
+    (dict(train="last_moe_layer"), dict(train="routers"), "with train='last_moe_layer', this run has train='routers'"),
+    (dict(), dict(gradient_accumulation_steps=4), r"of 4 rows \(2 a device x 2 steps x 1 proc.*this run has 8 rows"),
+    (dict(), dict(per_device_train_batch_size=1), r"this run has 2 rows \(1 a device x 2 steps x 1 pro"),
+    (dict(), dict(per_device_train_batch_size=1, gradient_accumulation_steps=4), None),
+])  # fmt: skip
+def test_a_run_that_differs_from_its_checkpoint_is_named(tmp_path, first, then, message):
+    settings = dict(train="last_moe_layer", max_steps=2, save_steps=1, gradient_accumulation_steps=2)
+    checkpoints = []
+    for changes in (first, then):
+        args = checkpointing(tmp_path, **{**settings, **changes})
+        trainer = MoECalTrainer(
+            model=classification_model(), args=args, train_dataset=classification_data(16), data_collator=collate
+        )
+        if message and checkpoints:
+            with pytest.raises(ValueError, match=message):
+                trainer.train(resume_from_checkpoint=True)
+        else:
+            trainer.train(resume_from_checkpoint=checkpoints[0] if checkpoints else None)
+            checkpoints.append(str(tmp_path / "checkpoint-1"))
+
+
+def test_a_head_in_another_precision_is_not_rounded(tmp_path):
+    """Neither as training resumes, nor as the best model is loaded."""
+
+    def build():
+        model = classification_model().to(torch.bfloat16)
+        model.score.float().register_forward_pre_hook(lambda module, args: (args[0].float(),))
+        return model
+
+    args = checkpointing(
+        tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="nll",
+        learning_rate=0.3,
+    )  # fmt: skip
+    found = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        trainer = MoECalTrainer(
+            model=build(), args=args, train_dataset=classification_data(), eval_dataset=classification_data(),
+            data_collator=collate,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        found.append(trainer)
+    (whole, resumed) = found
+    assert_equal(whole.model, resumed.model)
+    best = load_file(Path(whole.state.best_model_checkpoint) / "model.safetensors")
+    assert torch.equal(best["score.weight"], whole.model.score.weight)
+    assert not torch.equal(best["score.weight"], best["score.weight"].bfloat16().float()), "nothing to round"
+    assert whole.model.model.norm.weight.dtype == torch.bfloat16
+
+
+def assert_equal(one, other):
+    for (name, tensor), twin in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(tensor, twin), name
