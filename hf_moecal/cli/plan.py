@@ -22,7 +22,9 @@ from torch import nn
 from ..model.freezing import set_trainable
 from ..model.lora import add_lora
 from ..probes import MoELayer, UnsupportedMoEError, find_moe_layers
+from ..readouts.committee import attach_members
 from ..table import FILE_KINDS
+from ..training.methods import settle
 from .plan_launch import Launch, read_launch
 from .plan_memory import (
     GIB,
@@ -83,6 +85,7 @@ class Plan:
     Attributes:
         model (`str`): Hub id or folder.
         counts ([`~hf_moecal.cli.plan_memory.Counts`]): parameters in all, active per token, and those that train.
+        method (`str`): its fields, and what of it cannot run and falls back.
         trains (`str`): one line that says what trains.
         layers (`list[MoELayer]`): the MoE layers.
         unsupported (`str`, *optional*): why the experts cannot be probed; such a model trains with every objective but
@@ -94,6 +97,7 @@ class Plan:
 
     model: str
     counts: Counts
+    method: str
     trains: str
     layers: list[MoELayer]
     unsupported: str | None
@@ -107,6 +111,7 @@ class Plan:
         return {
             "model": self.model,
             "parameters": self.counts._asdict(),
+            "method": self.method,
             "trains": self.trains,
             "moe_layers": layers,
             "unsupported": self.unsupported,
@@ -120,6 +125,7 @@ class Plan:
         counts, batch, memory = self.counts, self.batch, asdict(self.memory)
         told = [
             ("model", f"{self.model}: {counts.total / 1e9:.2f} B parameters, {counts.active / 1e9:.2f} B per token"),
+            ("method", self.method.removeprefix("method=")),
             ("trains", self.trains),
             ("experts", self._experts()),
             ("devices", str(self.launch)),
@@ -183,9 +189,13 @@ def make_plan(
     cached = args.prefix_cache is not None  # then the judged tokens alone run through what trains
     with FakeTensorMode():
         model = _build(recipe, args)
+        method = settle(args, model, sharded=launch.sharding not in ("none", "ddp"))
         if args.train == "lora":
             model = _adapted(model, args)
         trains = set_trainable(model, args.train)
+        if args.readout_members > 1:
+            own = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            attach_members(model, [dict(own)] * (args.readout_members - 1))
         layers, unsupported = _moe_layers(model, args)
         weights = weights_of(model, layers, itemsize=loaded)
         activations = activation_memory(
@@ -202,6 +212,7 @@ def make_plan(
     return Plan(
         model=recipe.model,
         counts=count_parameters(weights),
+        method=method,
         trains=trains,
         layers=layers,
         unsupported=unsupported,

@@ -18,6 +18,7 @@ from ..readouts.attached import ATTACHED
 from ..readouts.recorded import load_committee, recorded_readout
 from ..tasks.choice import ChoiceCollator
 from ..training.arguments import MoECalArguments
+from ..training.methods import chosen
 from ..training.trainer import MoECalTrainer
 from .recipe import Recipe, expand, load_set
 
@@ -85,9 +86,25 @@ def train_recipe(recipe: Recipe, *, overrides: Sequence[str] = (), resume: bool 
     trainer.train(resume_from_checkpoint=_last_checkpoint(arguments) if resume else None)
     if trainer.is_fsdp_enabled:  # sharded checkpoints resume; what is published is whole
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
-    trainer.save_training_record()
+    _save(trainer, encoded.get("validation"))
     return trainer
+
+
+def _save(trainer: MoECalTrainer, validation: Dataset | None) -> None:
+    """Saves the model, with the calibration that its method ends with where there are validation rows for it."""
+    args = trainer.args
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if validation is None or args.calibration_method == "none" or args.task == "lm" or sharded:
+        trainer.save_model()
+        trainer.save_training_record()
+        return
+    try:
+        result = trainer.calibrate(validation)
+    except ValueError as error:  # the model is saved by then, and training must not be lost for a temperature
+        print(f"no calibration.json: {error}")
+        return
+    if result is not None:
+        print(f"calibration.json: {result.calibrator.method}, fitted on {len(validation):,} validation rows")
 
 
 def _keep_trained_exact(trainer: MoECalTrainer) -> None:
@@ -135,7 +152,7 @@ def predict_recipe(
     if readout is None and isinstance(model, str) and recorded_readout(model).is_mixture:
         readout, readout_experts = recorded_readout(model).kind, recorded_readout(model).experts
     elif readout is None and not hasattr(model, ATTACHED):
-        readout = settings.get("readout", "native")
+        readout = settings.get("readout", "native") if isinstance(model, str) else chosen(settings, "readout")
         readout_experts = settings.get("readout_experts") if readout_experts is None else readout_experts
     dataset = _together({name: load_set(name, spec, recipe) for name, spec in wanted.items()}, recipe)
     model, tokenizer = _loaded(recipe, model)

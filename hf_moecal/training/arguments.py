@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import inspect
+import re
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import TypeVar
 
 from transformers import TrainingArguments
 
+from ..calibration.selection import AUTO, CANDIDATES
 from ..metrics.directions import HIGHER, LOWER, NEITHER, direction_of
 from ..model.lora import LORA_ALPHA, LORA_R
 from ..objectives import OBJECTIVES, TAU_DISAGREEMENT, TAU_REGRET, unknown_objective
-from ..readouts.mixture import READOUTS, Readout
+from ..readouts.mixture import Readout
 from ..tasks import TASKS
+from .methods import fill
 
 
 NORMALIZERS = ("auto", "two_pass", "streaming")
 TRAIN_PRESETS = ("all", "last_moe_layer", "routers", "lora")
 
 
+Arguments = TypeVar("Arguments", bound=type)
+
+
+def helped(arguments: Arguments) -> Arguments:
+    """Gives the fields that a dataclass documents their first sentence as help on the command line."""
+    sections = inspect.cleandoc(arguments.__doc__ or "").split("\nArgs:\n")
+    entries = re.split(r"\n    (?=\w)", "\n" + sections[-1].split("\n\n")[0])
+    parts = [entry.partition("): ") for entry in entries]
+    texts = {name.split(" ", 1)[0]: re.sub(r"\s+", " ", text) for name, _, text in parts if text}
+    for own in fields(arguments):
+        if own.name in texts and "help" not in own.metadata:
+            text = re.split(r"(?<=\w\.) (?=[A-Z])", texts[own.name])[0].replace("%", "%%")  # argparse fills in %(...)
+            own.metadata = MappingProxyType({**own.metadata, "help": text[:1].upper() + text[1:]})
+    return arguments
+
+
+@helped
 @dataclass
 class MoECalArguments(TrainingArguments):
     """Arguments of [`MoECalTrainer`]: every field of `transformers.TrainingArguments`, and these.
 
     Args:
-        objective (`str`, *optional*, defaults to `"robust_filtered"`): `"erm"`, `"robust"`, `"robust_filtered"`, or a
-            baseline, `"label_smoothing"` (with `label_smoothing_factor`, 0.1 if unset) or `"focal"`.
-        eta (`float`, *optional*, defaults to 2.0): tilt of the adversarial weights softmax(eta * loss).
-            The default is the paper's, as is that of the warm-up; in our benchmark (recipes/RESULTS.md) `eta=1.0` with
-            `robust_warmup_ratio=0.0` was better in-domain and on shifted sets, and as good on hard ones.
+        method (`str`, *optional*): what fills the fields below that are left unset, see
+            [`~hf_moecal.training.methods`]: `"recommended"`, the best of our benchmark (recipes/RESULTS.md);
+            `"paper"`, the paper's Robust Filtered; `"erm"`, the baseline. Unset it is `"recommended"`, or, where
+            `objective` is set, `"custom"`: that objective on the model's own prediction. Where a part of a method
+            cannot run on a model, it falls back, and training begins with a line that says so.
+        objective (`str`, *optional*): set by `method`. `"erm"`, `"robust"`, `"robust_filtered"`, or a baseline,
+            `"label_smoothing"` (with `label_smoothing_factor`, 0.1 if unset) or `"focal"`.
+        eta (`float`, *optional*): set by `method`. Tilt of the adversarial weights softmax(eta * loss).
         detach_weights (`bool`, *optional*, defaults to `True`): whether the weights are constants for the gradient.
-        robust_warmup_ratio (`float`, *optional*, defaults to 0.4): share of the optimizer steps that run ERM first.
+        robust_warmup_ratio (`float`, *optional*): set by `method`. Share of the optimizer steps that run ERM first.
         eta_ramp_ratio (`float`, *optional*, defaults to 0.0): share of the steps, after the warm-up, over which eta
             grows linearly from 0.
         normalizer (`str`, *optional*, defaults to `"auto"`): how the tilted weights of a batch over several
@@ -45,12 +71,13 @@ class MoECalArguments(TrainingArguments):
         focal_gamma (`float`, *optional*, defaults to 2.0): exponent of the focal loss.
         probe_layer (`int`, *optional*, defaults to -1): MoE layer whose experts are probed, an index into
             `find_moe_layers(model)`.
-        readout (`str`, *optional*, defaults to `"native"`): what the losses and predictions are of: the model's own
-            prediction, or the probabilities of the last MoE layer's experts, mixed: `"mixture"` (those selected) or
-            `"soft_mixture"` (all, with the router's full distribution); see [`~hf_moecal.readouts.mixture.Readout`].
+        readout (`str`, *optional*): set by `method`. What the losses and predictions are of: `"native"`, the model's
+            own prediction, or the probabilities of the last MoE layer's experts, mixed: `"mixture"` (those selected)
+            or `"soft_mixture"` (all, with the router's full distribution); see
+            [`~hf_moecal.readouts.mixture.Readout`].
         readout_experts (`int`, *optional*): with `readout="soft_mixture"`, mix only so many, those with the largest
             shares.
-        readout_members (`int`, *optional*, defaults to 1): trains a committee of so many last MoE layers, each with
+        readout_members (`int`, *optional*): set by `method`. Trains a committee of so many last MoE layers, each with
             its own final norm and head, on the frozen layers that they share, and mixes their predictions in equal
             shares. Each trains by the objective of its own losses, as if alone, so the training loss is the sum over
             the members, and `max_grad_norm` bounds the norm of all their gradients together. Needs
@@ -62,7 +89,7 @@ class MoECalArguments(TrainingArguments):
             causal language model, labels at supervised positions).
         example (`str`, *optional*, defaults to `"sequence"`): for `task="lm"`, what counts as one example of the
             objective: a `"sequence"` (mean over its supervised tokens) or a `"token"`.
-        train (`str`, *optional*, defaults to `"all"`): what trains: `"all"` that is not frozen already,
+        train (`str`, *optional*): set by `method`. What trains: `"all"` that is not frozen already,
             `"last_moe_layer"` (router and experts of the last MoE layer, the final norm and the head), `"routers"`
             (those of all MoE layers) or `"lora"` (an adapter on the attention and the experts of all MoE layers, see
             [`~hf_moecal.model.lora.lora_config`]). With the last two the head of a classifier trains too.
@@ -72,6 +99,8 @@ class MoECalArguments(TrainingArguments):
             objective outside the tilt: the mean over the micro-batches of all processes, each balanced over its own
             real tokens as transformers does. Unset: the model's own weight where a router trains, else 0; with
             `prefix_cache` 0, since the routers then see the judged tokens only.
+        calibration_method (`str`, *optional*): set by `method`. What [`MoECalTrainer.calibrate`] fits on validation
+            rows: a method of `moecal calibrate`, or `"none"`.
         prefix_cache (`str`, *optional*): folder for the hidden states of the frozen layers, computed once and replayed
             in every epoch. Needs `train="last_moe_layer"`.
         prefix_cache_dtype (`str`, *optional*): precision in which the frozen layers run for the cache, for example
@@ -90,37 +119,34 @@ class MoECalArguments(TrainingArguments):
     ```
     """
 
-    objective: str = field(default="robust_filtered", metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
-    eta: float = field(default=2.0, metadata={"help": "Tilt of the adversarial weights softmax(eta * loss)."})
-    detach_weights: bool = field(default=True, metadata={"help": "Treat the adversarial weights as constants."})
-    robust_warmup_ratio: float = field(default=0.4, metadata={"help": "Share of the steps that run ERM first."})
-    eta_ramp_ratio: float = field(default=0.0, metadata={"help": "Share of the steps over which eta grows from 0."})
-    normalizer: str = field(default="auto", metadata={"help": f"One of {', '.join(NORMALIZERS)}."})
-    tau_regret: float = field(default=TAU_REGRET, metadata={"help": "Regret above it is routing-relevant."})
-    tau_disagreement: float = field(
-        default=TAU_DISAGREEMENT, metadata={"help": "Disagreement above it is routing-relevant."}
-    )
-    relevance_quantile: float | None = field(
-        default=None, metadata={"help": "Share of the batch kept by each measure, instead of the thresholds."}
-    )
-    focal_gamma: float = field(default=2.0, metadata={"help": "Exponent of the focal loss."})
-    probe_layer: int = field(default=-1, metadata={"help": "Index of the probed MoE layer."})
-    readout: str = field(default="native", metadata={"help": f"What predicts: one of {', '.join(READOUTS)}."})
-    readout_experts: int | None = field(default=None, metadata={"help": "Experts of a soft mixture; all if unset."})
-    readout_members: int = field(default=1, metadata={"help": "Members of the committee that is trained."})
-    expert_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the experts' losses on their own."})
-    task: str = field(default="classification", metadata={"help": f"One of {', '.join(TASKS)}."})
-    example: str = field(default="sequence", metadata={"help": "For task=lm: 'sequence' or 'token'."})
-    train: str = field(default="all", metadata={"help": f"What trains: one of {', '.join(TRAIN_PRESETS)}."})
-    lora_r: int = field(default=LORA_R, metadata={"help": "For train=lora: rank of the adapter."})
-    lora_alpha: int = field(default=LORA_ALPHA, metadata={"help": "For train=lora: scale times rank."})
-    router_aux_loss_coef: float | None = field(
-        default=None, metadata={"help": "Weight of the load-balancing loss; unset is the model's own, 0 is none."}
-    )
-    prefix_cache: str | None = field(default=None, metadata={"help": "Folder for hidden states of frozen layers."})
-    prefix_cache_dtype: str | None = field(default=None, metadata={"help": "Precision of the cached layers."})
+    method: str | None = None
+    objective: str | None = None
+    eta: float | None = None
+    detach_weights: bool = True
+    robust_warmup_ratio: float | None = None
+    eta_ramp_ratio: float = 0.0
+    normalizer: str = "auto"
+    tau_regret: float = TAU_REGRET
+    tau_disagreement: float = TAU_DISAGREEMENT
+    relevance_quantile: float | None = None
+    focal_gamma: float = 2.0
+    probe_layer: int = -1
+    readout: str | None = None
+    readout_experts: int | None = None
+    readout_members: int | None = None
+    expert_loss_weight: float = 0.0
+    task: str = "classification"
+    example: str = "sequence"
+    train: str | None = None
+    lora_r: int = LORA_R
+    lora_alpha: int = LORA_ALPHA
+    router_aux_loss_coef: float | None = None
+    calibration_method: str | None = None
+    prefix_cache: str | None = None
+    prefix_cache_dtype: str | None = None
 
     def __post_init__(self):
+        fill(self)
         self._check()
         if self.greater_is_better is None and self.metric_for_best_model:
             # TrainingArguments would take any metric that is no loss for a score.
@@ -134,6 +160,7 @@ class MoECalArguments(TrainingArguments):
         _among("task", self.task, TASKS)
         _among("example", self.example, ("sequence", "token"))
         _among("train", self.train, TRAIN_PRESETS)
+        _among("calibration_method", self.calibration_method, (*CANDIDATES, AUTO))
         _within("eta", self.eta, 0, float("inf"), "the paper uses 2.0, and 0 is ERM")
         _within("robust_warmup_ratio", self.robust_warmup_ratio, 0, 1, "the paper uses 0.4")
         _within("eta_ramp_ratio", self.eta_ramp_ratio, 0, 1, "0 switches the tilt on at once")

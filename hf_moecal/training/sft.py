@@ -118,7 +118,7 @@ class MoECalSFTTrainer(MoECalMixin, SFTTrainer):
     def __init__(self, model: str | nn.Module | None = None, args: MoECalSFTConfig | None = None, **kwargs: Any):
         if not isinstance(args, MoECalSFTConfig):
             raise ValueError(f"`args` must be a hf_moecal.training.sft.MoECalSFTConfig, got {type(args).__name__}.")
-        if kwargs.get("peft_config") is not None and args.train != "all":
+        if kwargs.get("peft_config") is not None and args.train != "all" and "train" not in args.filled:
             raise ValueError(
                 f"`peft_config` and train={args.train!r} both choose what trains; leave `peft_config` out, or set "
                 "train='all'."

@@ -30,6 +30,7 @@ from .aux_loss import balance_coefficient
 from .checkpoints import check_resumed, checkpoint_to_resume, record_run, restore_weights
 from .compatibility import check_arguments, check_datasets, check_distribution, check_optimizer, checked_loader
 from .losses import LossComputer
+from .methods import is_sharded, settle
 from .optimizer_batch import BatchSummary, OptimizerBatch, RandomState, average_summaries, without_repeats
 from .streaming import choose_batch_type
 
@@ -43,6 +44,8 @@ class MoECalMixin:
     def __init__(self, model: nn.Module | None = None, args: MoECalArguments | None = None, **kwargs: Any):
         check_arguments(args, kwargs)
         check_datasets(kwargs.get("train_dataset"), kwargs.get("eval_dataset"), labelled=self.needs_labels)
+        adapted = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
+        self.method = settle(args, model, sharded=is_sharded(args), adapted=adapted)
         model = _prepared(model, args)
         if args.task == "choice" and kwargs.get("data_collator") is None:
             kwargs["data_collator"] = ChoiceCollator(kwargs.get("processing_class"))
@@ -73,6 +76,7 @@ class MoECalMixin:
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
             check_resumed(resume_from_checkpoint, self.args)
+        self.accelerator.print(self.method)
         self.accelerator.print(self.trains)
         with self._judged():
             self._loss_computer.prepare(self.train_dataset)
@@ -126,6 +130,31 @@ class MoECalMixin:
             self._summaries = []
         super().log(logs, *args, **kwargs)
 
+    def calibrate(self, dataset: Any, *, method: str | None = None) -> Any:
+        """Fits a calibration on validation rows and writes it beside the saved model, for `from_pretrained`.
+
+        Args:
+            dataset (`datasets.Dataset`): labelled rows that were not trained on, as [`hf_moecal.predict`] takes them.
+            method (`str`, *optional*): as in `moecal calibrate`; `args.calibration_method` if unset.
+
+        Returns:
+            [`~hf_moecal.calibration.selection.CalibrationResult`]: what was chosen, with figures on held-out rows
+            before and after; `None` on all processes but the main one.
+
+        Raises:
+            ValueError: the rows were trained on, or the task or a sharded model cannot be calibrated here.
+
+        Example:
+
+        ```python
+        trainer.train()
+        print(trainer.calibrate(data["validation"]).after["ece"])
+        ```
+        """
+        from .calibrating import calibrate_trained
+
+        return calibrate_trained(self, dataset, method=method)
+
     def push_to_hub(self, commit_message: str = "Publish the model with its calibration", **kwargs: Any) -> str | None:
         """Publishes the model with its calibration and a card that states it; see [`hf_moecal.hub.push`].
 
@@ -163,7 +192,16 @@ class MoECalMixin:
             write_training_record(self.args.output_dir, settings=self._settings(), ids=self._training_ids())
 
     def _settings(self) -> dict[str, Any]:
-        names = ("objective", "eta", "detach_weights", "robust_warmup_ratio", "train", "seed", "num_train_epochs")
+        names = (
+            "method",
+            "objective",
+            "eta",
+            "detach_weights",
+            "robust_warmup_ratio",
+            "train",
+            "seed",
+            "num_train_epochs",
+        )
         if self.args.readout != "native" or self.args.readout_members > 1:
             names += ("readout", "readout_experts", "readout_members", "expert_loss_weight")
         base = getattr(self.model.config, "_name_or_path", None)
@@ -333,7 +371,8 @@ class MoECalTrainer(MoECalMixin, Trainer):
     >>> args = MoECalArguments("out", max_steps=2, report_to="none", save_strategy="no", disable_tqdm=True)
     >>> trainer = MoECalTrainer(model=MixtralForSequenceClassification(config), args=args, train_dataset=data)
     >>> result = trainer.train()
-    train=all: ...
+    method=recommended: objective='robust_filtered', eta=1.0, ...
+    train=last_moe_layer: ...
     >>> result.global_step
     2
 

@@ -376,6 +376,21 @@ def recipe(folder, config=None, **changes):
     return Recipe(model=str(folder / "model"), **{"max_length": 16, "arguments": arguments, **changes})
 
 
+def test_a_committee_takes_the_memory_of_its_members(tmp_path):
+    one, four = (make_plan(recipe(tmp_path, arguments={"readout_members": count})) for count in (1, 4))
+    assert four.memory.optimizer == 4 * one.memory.optimizer and four.counts.trained == 4 * one.counts.trained
+    assert four.lines()[1].startswith("method    recommended: objective='robust_filtered', eta=1.0")
+
+
+def test_what_a_launch_excludes_is_planned_without(tmp_path):
+    plan = make_plan(recipe(tmp_path), launch=Launch(2, "fsdp2"))
+    assert "fell back to readout='native', readout_members=1, since experts that run again" in plan.method
+    assert (
+        plan.memory.optimizer
+        == make_plan(recipe(tmp_path, arguments={"readout_members": 1}), launch=Launch(2, "fsdp2")).memory.optimizer
+    )
+
+
 def test_plan_from_a_config_alone(tmp_path):
     asked = {"task": "lm", "train": "last_moe_layer", "gradient_accumulation_steps": 4, "bf16": True}
     plan = make_plan(recipe(tmp_path, arguments=asked, dtype="bfloat16"), launch=Launch(2, "fsdp2"), rows=1000)
@@ -399,9 +414,9 @@ def planned_activations_of(plan):
 
 
 def test_checkpointing_is_read_from_the_recipe_and_the_launch(tmp_path):
-    plain = make_plan(recipe(tmp_path))
-    asked = make_plan(recipe(tmp_path), overrides=["--activation_checkpointing", "True"])
-    launched = make_plan(recipe(tmp_path), launch=Launch(1, "fsdp2", checkpointing=True))
+    plain = make_plan(recipe(tmp_path, arguments={"method": "erm"}))
+    asked = make_plan(recipe(tmp_path, arguments={"method": "erm"}), overrides=["--activation_checkpointing", "True"])
+    launched = make_plan(recipe(tmp_path, arguments={"method": "erm"}), launch=Launch(1, "fsdp2", checkpointing=True))
     assert asked.memory.activations == launched.memory.activations < plain.memory.activations
 
 

@@ -178,7 +178,8 @@ def collate(rows):
 
 def arguments(folder, **changes):
     settings = dict(
-        learning_rate=1e-3, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4, eta=ETA,
+        objective="robust_filtered", eta=ETA, learning_rate=1e-3, max_steps=1, per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
         robust_warmup_ratio=0.0, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
         max_grad_norm=0.0, logging_steps=1, remove_unused_columns=False, optim="sgd", router_aux_loss_coef=0.0,
         normalizer="two_pass",
