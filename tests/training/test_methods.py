@@ -97,9 +97,7 @@ def test_sharded_weights_train_the_native_prediction(tmp_path, monkeypatch):
     args, model = arguments(tmp_path), classification_model()
     said = methods.settle(args, model, sharded=methods.is_sharded(args))  # before a process group exists
     assert (args.objective, args.eta, args.readout, args.readout_members) == ("robust_filtered", 1.0, "native", 1)
-    assert (
-        "fell back to readout='native', readout_members=1, since experts that run again" in said
-    )
+    assert "fell back to readout='native', readout_members=1, since experts that run again" in said
 
 
 def test_a_model_whose_experts_cannot_be_asked_trains_by_erm(tmp_path):
