@@ -82,6 +82,7 @@ class CalibrationAccumulator:
         nll: Any = None,
         brier: Any = None,
         groups: Any = None,
+        renormalize: bool = False,
     ) -> None:
         """Adds one batch; the arguments are those of [`calibration_report`]. A batch that raises leaves no trace.
 
@@ -89,7 +90,9 @@ class CalibrationAccumulator:
             ValueError: the batch is not usable, or its group columns differ from those of earlier batches.
         """
         given = {"probs": probs, "logits": logits, "confidence": confidence, "correct": correct}
-        rows, kept = reduce_batch(labels, **given, predictions=predictions, nll=nll, brier=brier, mode=self.mode)
+        rows, kept = reduce_batch(
+            labels, **given, predictions=predictions, nll=nll, brier=brier, mode=self.mode, renormalize=renormalize
+        )
         columns = group_columns(groups, len(kept))
         if not kept.all():
             columns = {name: list(compress(values, kept)) for name, values in columns.items()}

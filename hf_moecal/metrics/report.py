@@ -14,6 +14,7 @@ from .accumulator import DEFAULT_BOOTSTRAP, CalibrationAccumulator
 from .binning import DEFAULT_BINS, equal_mass, equal_width, gap_sums
 from .groups import column_groups
 from .inputs import as_array, check_choice, read_correct, unit_interval
+from .rounding import renormalized
 from .rows import top_label
 
 
@@ -36,6 +37,7 @@ def calibration_report(
     bootstrap: int = DEFAULT_BOOTSTRAP,
     seed: int = 0,
     ranked: bool = True,
+    renormalize: bool = False,
 ) -> dict[str, Any]:
     """Says whether predicted probabilities can be trusted: every calibration figure, overall and for each group.
 
@@ -59,6 +61,8 @@ def calibration_report(
         bootstrap (`int`): resamples for the interval; 0 for none.
         seed (`int`): seed of the resampling.
         ranked (`bool`): also the figures that need sorting (`aurc`, `auroc`, `smooth_ece`).
+        renormalize (`bool`): divide each row of `probs` (and of soft labels) by its sum: for values that were written
+            with few decimals. Those of bfloat16 and float16 are taken as they are, in whatever type they come.
 
     Returns:
         `dict`: plain numbers, lists and dicts. `ece`; `ece_l2`, `ece_max`; `ece_debiased`, `ece_l2_debiased`;
@@ -92,6 +96,7 @@ def calibration_report(
         nll=nll,
         brier=brier,
         groups=groups,
+        renormalize=renormalize,
     )
     return accumulator.report(bins=bins, strategy=strategy, bootstrap=bootstrap, seed=seed, ranked=ranked)
 
@@ -105,6 +110,7 @@ def expected_calibration_error(
     correct: Any = None,
     bins: int = DEFAULT_BINS,
     strategy: str = "equal_width",
+    renormalize: bool = False,
 ) -> float:
     """Only the top-label calibration error (`ece` of [`calibration_report`]), nearly as fast as the data can be read.
 
@@ -122,7 +128,7 @@ def expected_calibration_error(
         confidence = as_array("confidence", confidence)
         event = read_correct(correct, len(confidence))
     else:
-        confidence, event = top_label(labels, probs, logits)
+        confidence, event = top_label(labels, probs, logits, renormalize=renormalize)
     if strategy == "equal_mass":
         confidence = unit_interval("confidence", confidence)
     edges = equal_width(bins) if strategy == "equal_width" else equal_mass(confidence, bins)
@@ -170,6 +176,27 @@ def table_report(
         grouped = grouped["group"]
     report = calibration_report(**given, groups=grouped, **options)
     return {**report, "n_ignored": report["n_ignored"] + int(len(kept) - kept.sum())}
+
+
+def renormalized_table(table: Any) -> Any:
+    """The table with each row of its `probs` divided by its sum, which writing them with few decimals has moved.
+
+    Raises:
+        ValueError: there is no column `probs`, or rounding does not explain how far a sum is from one.
+
+    Example:
+
+    ```python
+    >>> from hf_moecal.metrics import renormalized_table
+    >>> renormalized_table({"label": [0], "probs": [[0.2, 0.79]]})["probs"].round(3).tolist()
+    [[0.202, 0.798]]
+
+    ```
+    """
+    probs = renormalized("probs", as_array("probs", columns(table, "probs")["probs"], ndim=(2,)))
+    if hasattr(table, "add_column"):
+        return table.remove_columns("probs").add_column("probs", probs.tolist())
+    return {**{name: table[name] for name in names(table)}, "probs": probs}
 
 
 def table_scores(table: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
