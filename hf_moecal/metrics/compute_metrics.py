@@ -54,7 +54,7 @@ def calibration_metrics(*, bins: int = DEFAULT_BINS, strategy: str = "equal_widt
             pending.setdefault("", CalibrationAccumulator()).add(_labels_of(_on_cpu(labels), logits), logits=logits)
         if not compute_result:
             return {}
-        settings = dict(bins=bins, strategy=strategy, bootstrap=0, ranked=False)
+        settings = dict(bins=bins, strategy=strategy, intervals=False, ranked=False)
         reports = {prefix: accumulator.report(**settings) for prefix, accumulator in pending.items()}
         pending.clear()
         return {prefix + name: float(report[name]) for prefix, report in reports.items() for name in FLAT}

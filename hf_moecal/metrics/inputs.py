@@ -20,7 +20,7 @@ class Rows(NamedTuple):
 
     `event` is what the confidence speaks of: "the prediction is right" (top-label, classwise) or "the class is 1"
     (positive-class); a fraction in [0, 1] for soft references. `scores` and `events` ([N, C]) exist in classwise mode
-    only.
+    only, `weight` where rows count differently.
     """
 
     confidence: np.ndarray
@@ -29,6 +29,7 @@ class Rows(NamedTuple):
     brier: np.ndarray
     scores: np.ndarray | None = None
     events: np.ndarray | None = None
+    weight: np.ndarray | None = None
 
     def take(self, index: Any) -> Rows:
         """The rows of a slice, a mask or an index array."""
@@ -36,6 +37,8 @@ class Rows(NamedTuple):
 
     @classmethod
     def concatenate(cls, parts: Sequence[Rows]) -> Rows:
+        if any(part.weight is not None for part in parts):
+            parts = [p if p.weight is not None else p._replace(weight=np.ones(len(p.confidence))) for p in parts]
         return cls(*(None if arrays[0] is None else np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
@@ -253,3 +256,15 @@ def _log_softmax(chunk: np.ndarray, start: int) -> np.ndarray:
     chunk -= peak
     chunk -= np.log(np.exp(chunk).sum(1, keepdims=True))
     return chunk
+
+
+def read_weights(sample_weight: Any, n: int) -> np.ndarray:
+    """`sample_weight` as float64 [N]: finite, none below zero, not all zero."""
+    weight = as_array("sample_weight", sample_weight).astype(np.float64)
+    check_length("sample_weight", weight, n, "the data")
+    bad = np.flatnonzero(~(np.isfinite(weight) & (weight >= 0)))
+    if len(bad):
+        raise ValueError(
+            f"sample_weight must be finite numbers of 0 or more, but row {bad[0]} holds {weight[bad[0]]:g}."
+        )
+    return weight

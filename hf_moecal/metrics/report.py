@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..table import columns, names
-from .accumulator import DEFAULT_BOOTSTRAP, CalibrationAccumulator
+from .accumulator import CalibrationAccumulator
 from .binning import DEFAULT_BINS, equal_mass, equal_width, gap_sums
 from .groups import column_groups
 from .inputs import as_array, check_choice, read_correct, unit_interval
@@ -34,10 +34,10 @@ def calibration_report(
     bins: int = DEFAULT_BINS,
     mode: str = "top_label",
     strategy: str = "equal_width",
-    bootstrap: int = DEFAULT_BOOTSTRAP,
-    seed: int = 0,
+    intervals: bool = True,
     ranked: bool = True,
     renormalize: bool = False,
+    sample_weight: Any = None,
 ) -> dict[str, Any]:
     """Says whether predicted probabilities can be trusted: every calibration figure, overall and for each group.
 
@@ -97,8 +97,9 @@ def calibration_report(
         brier=brier,
         groups=groups,
         renormalize=renormalize,
+        sample_weight=sample_weight,
     )
-    return accumulator.report(bins=bins, strategy=strategy, bootstrap=bootstrap, seed=seed, ranked=ranked)
+    return accumulator.report(bins=bins, strategy=strategy, intervals=intervals, ranked=ranked)
 
 
 def expected_calibration_error(

@@ -14,6 +14,7 @@ from .inputs import (
     probability_chunks,
     read_correct,
     read_labels,
+    read_weights,
     top_of_probs,
     unit_interval,
 )
@@ -31,12 +32,37 @@ def reduce_batch(
     brier: Any = None,
     mode: str = "top_label",
     renormalize: bool = False,
+    sample_weight: Any = None,
 ) -> tuple[Rows, np.ndarray]:
-    """One batch as [`Rows`], and the mask of the examples that had a label (the others are left out).
+    """One batch as [`Rows`], and the mask of the examples that had a label and a weight (the others are left out).
 
     Raises:
         ValueError: the combination of arguments, a shape, a type or a value is wrong.
     """
+    given = {"probs": probs, "logits": logits, "confidence": confidence, "correct": correct}
+    rows, kept = _unweighted(
+        labels, **given, predictions=predictions, nll=nll, brier=brier, mode=mode, renormalize=renormalize
+    )
+    if sample_weight is None:
+        return rows, kept
+    weight = read_weights(sample_weight, len(kept))
+    heavy = weight > 0
+    return keep(rows._replace(weight=weight[kept]), heavy[kept]), kept & heavy
+
+
+def _unweighted(
+    labels: Any,
+    *,
+    probs: Any,
+    logits: Any,
+    confidence: Any,
+    correct: Any,
+    predictions: Any,
+    nll: Any,
+    brier: Any,
+    mode: str,
+    renormalize: bool,
+) -> tuple[Rows, np.ndarray]:
     given = [
         name for name, value in (("probs", probs), ("logits", logits), ("confidence", confidence)) if value is not None
     ]
