@@ -187,7 +187,10 @@ class CalibrationAccumulator:
         for key, index in {_EVERYTHING: slice(None), **members}.items():
             rows = self.rows[0].take(index)
             scores = [rows.confidence] if rows.scores is None else list(rows.scores.T)
-            edges = [make_edges(strategy, c, bins) for c in (scores if strategy == "equal_mass" else scores[:1])]
+            edges = [
+                make_edges(strategy, c, bins, rows.weight)
+                for c in (scores if strategy == "equal_mass" else scores[:1])
+            ]
             found[key] = Tally.of(rows, edges, self.mode).figures(intervals)
             if ranked:
                 found[key] |= ranking_figures(rows, self.mode)

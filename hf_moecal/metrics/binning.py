@@ -35,20 +35,27 @@ def equal_width(bins: int) -> Edges:
     return Edges(np.arange(bins + 1) / bins, bins)
 
 
-def equal_mass(confidence: np.ndarray, bins: int) -> Edges:
+def equal_mass(confidence: np.ndarray, bins: int, weight: np.ndarray | None = None) -> Edges:
     """Edges that split the examples evenly; equal confidences stay together, so ties give fewer bins."""
     bins = check_count("bins", bins, least=1)
     n = len(confidence)
     if n == 0:
         return Edges(np.array([0.0, 1.0]))
-    last = np.unique(-(-np.arange(1, bins + 1) * n // bins) - 1)  # ceil(k n / bins) - 1: last row of each bin
-    upper = np.unique(np.sort(confidence)[last].astype(np.float64))
+    if weight is None:
+        last = np.unique(-(-np.arange(1, bins + 1) * n // bins) - 1)  # ceil(k n / bins) - 1: last row of each bin
+        upper = np.unique(np.sort(confidence)[last].astype(np.float64))
+    else:
+        order = np.argsort(confidence, kind="stable")
+        reached = np.cumsum(weight[order])
+        wanted = np.arange(1, bins + 1) / bins * reached[-1] * (1.0 - 1e-12)  # rounding must not reach the next row
+        last = np.minimum(np.searchsorted(reached, wanted, side="left"), n - 1)
+        upper = np.unique(confidence[order][last].astype(np.float64))
     return Edges(np.concatenate([[0.0], upper[:-1], [1.0]]))
 
 
-def make_edges(strategy: str, confidence: np.ndarray, bins: int) -> Edges:
+def make_edges(strategy: str, confidence: np.ndarray, bins: int, weight: np.ndarray | None = None) -> Edges:
     check_choice("strategy", strategy, STRATEGIES)
-    return equal_width(bins) if strategy == "equal_width" else equal_mass(confidence, bins)
+    return equal_width(bins) if strategy == "equal_width" else equal_mass(confidence, bins, weight)
 
 
 def bin_index(confidence: np.ndarray, edges: Edges) -> np.ndarray:
@@ -162,7 +169,7 @@ def reliability_bins(
     confidence = unit_interval("confidence", as_array("confidence", confidence))
     event = read_correct(correct, len(confidence))
     weight = None if sample_weight is None else read_weights(sample_weight, len(confidence))
-    edges = make_edges(strategy, confidence, bins)
+    edges = make_edges(strategy, confidence, bins, weight)
     moments = cells(confidence, event, edges, weight)
     total, mass, hits, *_, squares = moments[:, 0].sum(-1)
     count = np.bincount(bin_index(confidence, edges), minlength=edges.bins)

@@ -143,7 +143,7 @@ def compare_groups(groups: Mapping[str, dict]) -> dict[str, Any]:
     """The worst group, the p-values of all, corrected for how many there are, and the spread of each figure."""
     some = {name: found for name, found in groups.items() if found["n"]}
     adjusted = holm({name: found["calibrated_p"] for name, found in some.items()})
-    worst = stands_out(some)
+    worst = next(iter(miscalibrated(some)), None)
     spread = {key: max(f[key] for f in some.values()) - min(f[key] for f in some.values()) for key in SPREAD}
     return {
         "worst_group": worst,
@@ -153,16 +153,16 @@ def compare_groups(groups: Mapping[str, dict]) -> dict[str, Any]:
     }
 
 
-def stands_out(groups: Mapping[Any, Mapping[str, Any]]) -> Any:
-    """The name of the group whose miscalibration is certain and largest, or `None` where chance explains them all.
+def miscalibrated(groups: Mapping[Any, Mapping[str, Any]]) -> list:
+    """Names of the groups whose miscalibration chance does not explain, the worst first.
 
-    A group counts where its `calibrated_p`, corrected by Holm for the number of groups, is below .05; of these, the
+    A group counts where its `calibrated_p`, corrected by Holm for the number of groups, is below .05; the worst is the
     one whose interval starts highest. So where nothing is wrong a group is named in 5 % of cases at most, and neither
     the smallest group nor one of many wins by noise.
     """
     adjusted = holm({name: found["calibrated_p"] for name, found in groups.items()})
     certain = [name for name, p in adjusted.items() if p < LEVEL]
-    return max(certain, key=lambda name: (groups[name]["ece_interval"][0], groups[name]["ece"]), default=None)
+    return sorted(certain, key=lambda name: (-groups[name]["ece_interval"][0], -groups[name]["ece"]))
 
 
 def holm(p_values: Mapping[Any, float | None]) -> dict[Any, float]:

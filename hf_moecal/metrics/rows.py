@@ -90,8 +90,8 @@ def _unweighted(
 
 def top_label(
     labels: Any, probs: Any, logits: Any = None, *, renormalize: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Only confidence and correctness of the winner: what a calibration error needs, in one pass over the data."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Confidence and correctness of the winner alone, and which rows had a label, in one pass over the data."""
     name, scores = ("probs", probs) if logits is None else ("logits", logits)
     scores = as_array(name, scores, ndim=(2,))
     references = read_labels(labels, n=len(scores), classes=scores.shape[1], what=name, renormalize=renormalize)
@@ -102,10 +102,16 @@ def top_label(
         confidence, winner = (np.concatenate(parts) for parts in zip(*tops, strict=True))
     np.minimum(confidence, 1.0, out=confidence)
     if references.ndim == 2:
-        return confidence, references[np.arange(len(winner)), winner]
+        return confidence, references[np.arange(len(winner)), winner], np.ones(len(winner), dtype=bool)
     event = winner == references
     kept = references != IGNORED_LABEL
-    return (confidence, event) if kept.all() else (confidence[kept], event[kept])
+    return (confidence, event, kept) if kept.all() else (confidence[kept], event[kept], kept)
+
+
+def softmax(logits: Any) -> np.ndarray:
+    """Probabilities [N, C] in float64 of logits [N, C], checked."""
+    scores = as_array("logits", logits, ndim=(2,))
+    return np.concatenate([chunk for _, chunk, _, _ in probability_chunks(None, scores)])
 
 
 def _chunks(name: str, scores: np.ndarray, renormalize: bool):

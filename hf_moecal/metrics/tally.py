@@ -20,12 +20,14 @@ _DRAWS = 500
 @dataclass
 class Tally:
     """Sums over examples: `moments` [7, K, B, 2] (see [`cells`]) and `totals` (named by `TOTALS`, weighted); how many
-    rows there were, and how many whose label had probability zero; `null`, classwise errors of a calibrated model."""
+    rows there were, and how many whose label had probability zero; over how many outcomes of the event a Brier score
+    sums up (that of the winner: right or wrong); `null`, classwise errors of a calibrated model."""
 
     moments: np.ndarray
     totals: np.ndarray
     n: int
     zero: float
+    outcomes: int = 1
     null: np.ndarray | None = None
 
     @classmethod
@@ -41,18 +43,18 @@ class Tally:
         totals = np.array([weight.sum(), *(_sum(value, rows.weight) for value in values)])
         zero = np.nan if np.isnan(rows.nll).any() else float(np.isinf(rows.nll).sum())
         if rows.scores is None:
-            return cls(cells(rows.confidence, rows.event, edges[0], rows.weight), totals, len(event), zero)
+            moments = cells(rows.confidence, rows.event, edges[0], rows.weight)
+            return cls(moments, totals, len(event), zero, 2 if mode == "top_label" else 1)
         classes, bins = rows.scores.shape[1], max(edge.bins for edge in edges)
         moments = np.zeros((MOMENTS, classes, bins, 2))
         for k in range(classes):
             edge = edges[k % len(edges)]
             moments[:, k, : edge.bins] = cells(rows.scores[:, k], rows.events[:, k], edge, rows.weight)[:, 0]
-        return cls(moments, totals, len(event), zero, _null_errors(rows, edges))
+        return cls(moments, totals, len(event), zero, null=_null_errors(rows, edges))
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            self.moments + other.moments, self.totals + other.totals, self.n + other.n, self.zero + other.zero
-        )
+        added = (getattr(self, name) + getattr(other, name) for name in ("moments", "totals", "n", "zero"))
+        return Tally(*added, self.outcomes)
 
     def figures(self, intervals: bool) -> dict:
         """Every figure that bins and sums can give; NaN where there are no examples."""
@@ -95,7 +97,7 @@ class Tally:
 
     def _decomposition(self) -> dict[str, float]:
         per_class = [brier_decomposition(self.moments[:, k]) for k in range(self.moments.shape[1])]
-        return {name: float(np.sum([terms[name] for terms in per_class])) for name in per_class[0]}
+        return {name: self.outcomes * float(np.sum([terms[name] for terms in per_class])) for name in per_class[0]}
 
 
 def _sum(value: np.ndarray, weight: np.ndarray | None) -> float:

@@ -175,7 +175,7 @@ def test_a_single_bad_row_in_a_long_matrix_is_found(row, dtype):
 def test_the_precision_that_came_in_says_how_far_a_sum_may_be_off(dtype, classes):
     logits = 3 * torch.randn(300, classes, generator=torch.Generator().manual_seed(0))
     labels = torch.zeros(300, dtype=torch.long)
-    exact = calibration_report(labels, logits=logits, bootstrap=0)
+    exact = calibration_report(labels, logits=logits, intervals=False)
     probs = logits.to(dtype).softmax(-1)
     assert (probs.double().sum(-1) - 1).abs().max() > 1e-4
     step = 2 * torch.finfo(dtype).eps
@@ -186,7 +186,7 @@ def test_the_precision_that_came_in_says_how_far_a_sum_may_be_off(dtype, classes
         probs.float().numpy(),
         probs.tolist(),
     ):
-        found = calibration_report(labels, probs=given, bootstrap=0)
+        found = calibration_report(labels, probs=given, intervals=False)
         assert expected_calibration_error(labels, probs=given) == pytest.approx(found["ece"], abs=1e-6)
         assert found["confidence"] == pytest.approx(exact["confidence"], abs=step)
     spoiled = probs.clone()
@@ -194,12 +194,12 @@ def test_the_precision_that_came_in_says_how_far_a_sum_may_be_off(dtype, classes
     with pytest.raises(ValueError, match="row 7 sums to 1.2"):
         calibration_report(labels, probs=spoiled)
     raters = probs.float().numpy()
-    assert calibration_report(raters, probs=probs, bootstrap=0)["n"] == 300
+    assert calibration_report(raters, probs=probs, intervals=False)["n"] == 300
 
 
 def test_a_value_of_low_precision_may_round_above_one():
     above = torch.tensor([1.0078125, 0.5], dtype=torch.bfloat16)
-    assert calibration_report(confidence=above, correct=[1, 1], bootstrap=0)["confidence"] == 0.75
+    assert calibration_report(confidence=above, correct=[1, 1], intervals=False)["confidence"] == 0.75
     with pytest.raises(ValueError, match="row 0 holds 1.0079"):
         calibration_report(confidence=[1.0079, 0.5], correct=[1, 1])
 
@@ -213,13 +213,13 @@ def test_rounded_probabilities_are_renormalized_when_asked(decimals, classes):
         calibration_report(labels, probs=probs)
     rows = probs / probs.sum(1, keepdims=True)
     for mode in ("top_label", "classwise"):
-        found = calibration_report(labels, probs=probs, renormalize=True, mode=mode, bootstrap=0)
-        plain = calibration_report(labels, probs=rows, mode=mode, bootstrap=0)
+        found = calibration_report(labels, probs=probs, renormalize=True, mode=mode, intervals=False)
+        plain = calibration_report(labels, probs=rows, mode=mode, intervals=False)
         assert {k: found[k] for k in ("ece", "nll", "brier")} == {k: plain[k] for k in ("ece", "nll", "brier")}
     table = renormalized_table({"label": labels, "probs": probs, "id": np.arange(200)})
     np.testing.assert_allclose(table["probs"], rows, rtol=0, atol=1e-15)
     assert expected_calibration_error(labels, probs=probs, renormalize=True) == pytest.approx(
-        table_report(table, bootstrap=0)["ece"], abs=1e-12
+        table_report(table, intervals=False)["ece"], abs=1e-12
     )
     from datasets import Dataset
 
@@ -249,7 +249,7 @@ def test_excluded_classes_have_a_logit_of_minus_infinity():
     for mode in ("top_label", "classwise"):
         found = calibration_report([0, 1], logits=logits, mode=mode, ranked=False)
         assert found == calibration_report([0, 1], logits=finite, mode=mode, ranked=False)
-    assert calibration_report([1, 1], logits=logits, bootstrap=0)["nll"] == INF
+    assert calibration_report([1, 1], logits=logits, intervals=False)["nll"] == INF
     for row, message in (([-INF] * 3, "only -inf"), ([INF, 0.0, 0.0], r"NaN or \+inf"), ([NAN, 0.0, 0.0], "NaN")):
         with pytest.raises(ValueError, match=f"row 1 holds {message}"):
             calibration_report([0, 1], logits=[[0.0, 0.0, 0.0], row])
