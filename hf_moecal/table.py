@@ -12,6 +12,7 @@ One row per example. A producer fills the columns that it has; a consumer asks f
 | `prediction` | int | argmax of `probs` |
 | `confidence` | float | max of `probs` |
 | `group` | str | evaluation set or shifted group |
+| `sample_weight` | float | how much the row counts in figures and fits, such as an importance weight |
 | `routing_entropy` | float | entropy of the shares r_k in nats |
 | `routing_margin` | float | largest share minus second largest |
 | `disagreement` | float | sum_k r_k ||p^(k) - p||^2 |
@@ -66,6 +67,7 @@ COLUMNS = (
     "sequence_confidence",
     "num_tokens",
     "group",
+    "sample_weight",
     "routing_entropy",
     "routing_margin",
     "disagreement",

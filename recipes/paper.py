@@ -163,7 +163,7 @@ def predictions(model: SmallMoE, rows: Rows) -> dict[str, np.ndarray]:
 
 
 def figures(table: dict[str, np.ndarray], keep: np.ndarray | slice) -> dict[str, float]:
-    found = calibration_report(table["label"][keep], probs=table["probs"][keep], bootstrap=0, ranked=False)
+    found = calibration_report(table["label"][keep], probs=table["probs"][keep], intervals=False, ranked=False)
     return {name: found[name] for name in FIGURES}
 
 

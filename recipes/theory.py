@@ -118,7 +118,7 @@ def measured_ece(mix: Mapping[str, Fraction], says: Mapping[str, Fraction | floa
     rows = [name for name, mass in mix.items() for _ in range(int(mass * common))]
     confidence = np.array([float(says[name]) for name in rows])
     truth = np.array([float(WORLD[name].truth) for name in rows])
-    settings = {"mode": "positive_class", "bins": 1000, "bootstrap": 0, "ranked": False}
+    settings = {"mode": "positive_class", "bins": 1000, "intervals": False, "ranked": False}
     return calibration_report(confidence=confidence, correct=truth, **settings)["ece"]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from hf_moecal.calibration.record import CalibrationRecord, read_record, write_record
-from hf_moecal.metrics.inputs import check_row_sums
+from hf_moecal.metrics.rounding import check_row_sums
 from hf_moecal.table import IGNORED_LABEL, columns, names
 
 
@@ -86,7 +86,7 @@ def read_logits(table: Table) -> np.ndarray:
         return values
     if (values < 0).any():
         raise ValueError("Column 'probs' has negative values; if these are scores before softmax, name it 'logits'.")
-    check_row_sums(name, values.sum(axis=1, dtype=np.float64), values.dtype.itemsize)
+    check_row_sums(name, values.sum(axis=1, dtype=np.float64), values)
     return np.log(np.maximum(values, _SMALLEST, dtype=np.float64))
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .tables import grouped_by, judged_by, read_given
+
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -130,6 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--table", help="predictions table whose figures go into the card, per group")
     push.add_argument("--private", action="store_true", default=None)
     push.add_argument("--revision", help="branch")
+    for added in (evaluate, calibrate, report, push):
+        added.add_argument("--renormalize", action="store_true", help="divide each row of rounded probs by its sum")
     return parser
 
 
@@ -196,7 +200,6 @@ def _predict(options: Options) -> None:
 def _evaluate(options: Options) -> None:
     from ..metrics import table_report
     from ..report import collect, format_table
-    from ..table import read_table
 
     if (options.table is None) == (options.lm_eval_samples is None):
         raise ValueError("give either a predictions table or --lm-eval-samples FILE.")
@@ -205,44 +208,21 @@ def _evaluate(options: Options) -> None:
 
         table = read_lm_eval_samples(options.lm_eval_samples)
     else:
-        table = read_table(options.table)
-    table = _judged_by(_grouped_by(table, options.group), options.confidence, options.correct)
+        table = read_given(options.table, renormalize=options.renormalize)
+    table = judged_by(grouped_by(table, options.group), options.confidence, options.correct)
     if options.json:
         print(json.dumps(table_report(table, bins=options.bins), indent=1))
     else:
         print(format_table(collect({"": table}, title="", bins=options.bins)))
 
 
-def _grouped_by(table: Dataset, column: str) -> Dataset:
-    """The table with the named column as its `group`."""
-    if column == "group":
-        return table if "group" in table.column_names else table.add_column("group", ["all"] * len(table))
-    if column not in table.column_names:
-        raise ValueError(f"the table has no column {column!r}; it has {table.column_names}.")
-    kept = table.remove_columns("group") if "group" in table.column_names else table
-    return kept.rename_column(column, "group")
-
-
-def _judged_by(table: Dataset, confidence: str | None, correct: str | None) -> Dataset:
-    """The table with the named columns as its `confidence` and `correct`, without what else could be judged."""
-    if confidence is None and correct is None:
-        return table
-    named = {"confidence": confidence or "confidence", "correct": correct or "correct"}
-    missing = [name for name in named.values() if name not in table.column_names]
-    if missing:
-        raise ValueError(f"the table has no column {missing[0]!r}; it has {table.column_names}.")
-    judged = table.select_columns(["group"])
-    for name, column in named.items():
-        judged = judged.add_column(name, [float("nan") if value is None else value for value in table[column]])
-    return judged
-
-
 def _calibrate(options: Options) -> None:
     from ..hub import calibrate
-    from ..table import read_table
 
     data = {"name": options.data_name or Path(options.table).name}
-    result = calibrate(options.model, read_table(options.table), method=options.method, data=data)
+    result = calibrate(
+        options.model, read_given(options.table, renormalize=options.renormalize), method=options.method, data=data
+    )
     print("\n".join(result.lines()))
 
 
@@ -273,14 +253,13 @@ def _distill(options: Options) -> None:
 
 def _report(options: Options) -> None:
     from ..report import write_report
-    from ..table import read_table
 
     def named(items: Sequence[str]) -> dict[str, Dataset]:
         pairs = [item.partition("=") for item in items]
         wrong = [name for name, sign, path in pairs if not sign or not path]
         if wrong:
             raise ValueError(f"tables are given as NAME=FILE, as in ERM=erm.parquet; got {wrong[0]!r}.")
-        return {name: read_table(path) for name, _, path in pairs}
+        return {name: read_given(path, renormalize=options.renormalize) for name, _, path in pairs}
 
     tables, hard_routed = named(options.tables), named(options.hard_routed)
     written = write_report(
@@ -331,11 +310,12 @@ def _probe(options: Options) -> None:
 def _push(options: Options) -> None:
     from ..hub import push
     from ..metrics import table_report
-    from ..table import read_table
 
     evaluation = None
     if options.table is not None:
-        evaluation = table_report(_grouped_by(read_table(options.table), "group"))["groups"]
+        evaluation = table_report(grouped_by(read_given(options.table, renormalize=options.renormalize), "group"))[
+            "groups"
+        ]
     url = push(
         options.model,
         repo_id=options.repo_id,

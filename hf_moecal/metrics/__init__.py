@@ -6,7 +6,7 @@ from .accumulator import CalibrationAccumulator
 from .binning import reliability_bins
 from .compute_metrics import calibration_metrics
 from .groups import routing_groups
-from .report import calibration_report, expected_calibration_error, metric_path, table_report
+from .report import calibration_report, expected_calibration_error, metric_path, renormalized_table, table_report
 
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "expected_calibration_error",
     "metric_path",
     "reliability_bins",
+    "renormalized_table",
     "routing_groups",
     "table_report",
 ]

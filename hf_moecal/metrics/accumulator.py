@@ -15,7 +15,6 @@ from .rows import reduce_batch
 from .tally import Tally
 
 
-DEFAULT_BOOTSTRAP = 1000
 _EVERYTHING: Key = ()
 
 
@@ -67,8 +66,8 @@ class CalibrationAccumulator:
         self.tallies: dict[Key, Tally] = {}
 
     def __len__(self) -> int:
-        folded = self.tallies[_EVERYTHING].totals[0] if self.tallies else 0
-        return int(folded) + sum(len(rows.confidence) for rows in self.rows)
+        folded = self.tallies[_EVERYTHING].n if self.tallies else 0
+        return folded + sum(len(rows.confidence) for rows in self.rows)
 
     def add(
         self,
@@ -82,6 +81,8 @@ class CalibrationAccumulator:
         nll: Any = None,
         brier: Any = None,
         groups: Any = None,
+        renormalize: bool = False,
+        sample_weight: Any = None,
     ) -> None:
         """Adds one batch; the arguments are those of [`calibration_report`]. A batch that raises leaves no trace.
 
@@ -89,7 +90,16 @@ class CalibrationAccumulator:
             ValueError: the batch is not usable, or its group columns differ from those of earlier batches.
         """
         given = {"probs": probs, "logits": logits, "confidence": confidence, "correct": correct}
-        rows, kept = reduce_batch(labels, **given, predictions=predictions, nll=nll, brier=brier, mode=self.mode)
+        rows, kept = reduce_batch(
+            labels,
+            **given,
+            predictions=predictions,
+            nll=nll,
+            brier=brier,
+            mode=self.mode,
+            renormalize=renormalize,
+            sample_weight=sample_weight,
+        )
         columns = group_columns(groups, len(kept))
         if not kept.all():
             columns = {name: list(compress(values, kept)) for name, values in columns.items()}
@@ -105,8 +115,7 @@ class CalibrationAccumulator:
             edges = [equal_width(self.fold_bins)]
             for key, index in {_EVERYTHING: slice(None), **self.groups.members(codes)}.items():
                 before = self.tallies.get(key)
-                first = 0 if before is None else int(before.totals[0])
-                tally = Tally.of(rows.take(index), edges, self.mode, first_row=first)
+                tally = Tally.of(rows.take(index), edges, self.mode)
                 self.tallies[key] = tally if before is None else before + tally
             return
         self.rows.append(rows)
@@ -137,8 +146,7 @@ class CalibrationAccumulator:
         *,
         bins: int | None = None,
         strategy: str = "equal_width",
-        bootstrap: int = DEFAULT_BOOTSTRAP,
-        seed: int = 0,
+        intervals: bool = True,
         ranked: bool = True,
     ) -> dict[str, Any]:
         """The report on all that was added; see [`calibration_report`] for its keys.
@@ -147,8 +155,7 @@ class CalibrationAccumulator:
             ValueError: nothing with a label was added, or a setting is wrong.
         """
         bins = (self.fold_bins or DEFAULT_BINS) if bins is None else check_count("bins", bins, least=1)
-        check_count("bootstrap", bootstrap, least=0)
-        check_count("seed", seed, least=0)
+        check_choice("intervals", intervals, (True, False))
         check_choice("strategy", strategy, STRATEGIES)
         if self.fold_bins is not None and (bins != self.fold_bins or strategy != "equal_width"):
             raise ValueError(
@@ -159,9 +166,9 @@ class CalibrationAccumulator:
                 f"there is no example with a label ({self.n_ignored} ignored); add some before asking for a report."
             )
         if self.fold_bins is not None:
-            found = {key: tally.figures(bootstrap, seed) for key, tally in self.tallies.items()}
+            found = {key: tally.figures(intervals) for key, tally in self.tallies.items()}
         else:
-            found = self._report_rows(bins, strategy, bootstrap, seed, ranked)
+            found = self._report_rows(bins, strategy, intervals, ranked)
         report = found.pop(_EVERYTHING)
         report |= {"n_ignored": self.n_ignored, "mode": self.mode, "strategy": strategy, "bins": bins}
         if found:
@@ -171,7 +178,7 @@ class CalibrationAccumulator:
             report |= {"groups": groups, **compare_groups(groups)}
         return report
 
-    def _report_rows(self, bins: int, strategy: str, bootstrap: int, seed: int, ranked: bool) -> dict[Key, dict]:
+    def _report_rows(self, bins: int, strategy: str, intervals: bool, ranked: bool) -> dict[Key, dict]:
         if len(self.rows) > 1:
             self.rows = [Rows.concatenate(self.rows)]
             self.codes = {column: [np.concatenate(parts)] for column, parts in self.codes.items()}
@@ -180,8 +187,11 @@ class CalibrationAccumulator:
         for key, index in {_EVERYTHING: slice(None), **members}.items():
             rows = self.rows[0].take(index)
             scores = [rows.confidence] if rows.scores is None else list(rows.scores.T)
-            edges = [make_edges(strategy, c, bins) for c in (scores if strategy == "equal_mass" else scores[:1])]
-            found[key] = Tally.of(rows, edges, self.mode).figures(bootstrap, seed)
+            edges = [
+                make_edges(strategy, c, bins, rows.weight)
+                for c in (scores if strategy == "equal_mass" else scores[:1])
+            ]
+            found[key] = Tally.of(rows, edges, self.mode).figures(intervals)
             if ranked:
                 found[key] |= ranking_figures(rows, self.mode)
         return found

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .inputs import as_array, check_choice, check_count, read_correct, unit_interval
+from .inputs import as_array, check_choice, check_count, read_correct, read_weights, unit_interval
+from .uncertainty import score_interval, soft_spread
 
 
 STRATEGIES = ("equal_width", "equal_mass")
 DEFAULT_BINS = 15
-MOMENTS = 6  # count, sum c, sum y, sum c^2, sum c*y, sum y^2 of confidence c and event y
+MOMENTS = 7  # sums of w, w c, w y, w c^2, w c y, w y^2, w^2 of weight w, confidence c and event y
 _CHUNK = 1 << 15  # rows per chunk; a few such arrays fit into the second-level cache
 _FEW = 64
 _NEAR = 1e-9  # distance from a bin edge, in bins, below which the multiplication by the number of bins is not trusted
@@ -34,20 +35,27 @@ def equal_width(bins: int) -> Edges:
     return Edges(np.arange(bins + 1) / bins, bins)
 
 
-def equal_mass(confidence: np.ndarray, bins: int) -> Edges:
+def equal_mass(confidence: np.ndarray, bins: int, weight: np.ndarray | None = None) -> Edges:
     """Edges that split the examples evenly; equal confidences stay together, so ties give fewer bins."""
     bins = check_count("bins", bins, least=1)
     n = len(confidence)
     if n == 0:
         return Edges(np.array([0.0, 1.0]))
-    last = np.unique(-(-np.arange(1, bins + 1) * n // bins) - 1)  # ceil(k n / bins) - 1: last row of each bin
-    upper = np.unique(np.sort(confidence)[last].astype(np.float64))
+    if weight is None:
+        last = np.unique(-(-np.arange(1, bins + 1) * n // bins) - 1)  # ceil(k n / bins) - 1: last row of each bin
+        upper = np.unique(np.sort(confidence)[last].astype(np.float64))
+    else:
+        order = np.argsort(confidence, kind="stable")
+        reached = np.cumsum(weight[order])
+        wanted = np.arange(1, bins + 1) / bins * reached[-1] * (1.0 - 1e-12)  # rounding must not reach the next row
+        last = np.minimum(np.searchsorted(reached, wanted, side="left"), n - 1)
+        upper = np.unique(confidence[order][last].astype(np.float64))
     return Edges(np.concatenate([[0.0], upper[:-1], [1.0]]))
 
 
-def make_edges(strategy: str, confidence: np.ndarray, bins: int) -> Edges:
+def make_edges(strategy: str, confidence: np.ndarray, bins: int, weight: np.ndarray | None = None) -> Edges:
     check_choice("strategy", strategy, STRATEGIES)
-    return equal_width(bins) if strategy == "equal_width" else equal_mass(confidence, bins)
+    return equal_width(bins) if strategy == "equal_width" else equal_mass(confidence, bins, weight)
 
 
 def bin_index(confidence: np.ndarray, edges: Edges) -> np.ndarray:
@@ -75,47 +83,49 @@ def _search(confidence: np.ndarray, edges: Edges) -> np.ndarray:
     return index.astype(np.intp)
 
 
-def cells(
-    confidence: np.ndarray, event: np.ndarray, edges: Edges, codes: np.ndarray | None = None, groups: int = 1
-) -> np.ndarray:
-    """Moments [6, groups, bins, 2] of the examples by group, bin and whether the event is the likelier outcome.
-
-    For hard references the last axis is the event itself, so the moments hold all that a resampling of rows needs.
-    """
-    total = np.zeros((MOMENTS, groups * edges.bins * 2))
+def cells(confidence: np.ndarray, event: np.ndarray, edges: Edges, weight: np.ndarray | None = None) -> np.ndarray:
+    """Moments [7, 1, bins, 2] of the examples by bin and whether the event is the likelier outcome."""
+    total = np.zeros((MOMENTS, edges.bins * 2))
     for start in range(0, len(confidence), _CHUNK):
         part = slice(start, start + _CHUNK)
         c, y = confidence[part].astype(np.float64, copy=False), event[part]
         index = bin_index(c, edges)
-        if codes is not None:
-            index += codes[part].astype(np.intp) * edges.bins
         index *= 2
         index += y if y.dtype == bool else y >= 0.5
-        _add_moments(total, index, c, y)
-    total = total.reshape(MOMENTS, groups, edges.bins, 2)
+        _add_moments(total, index, c, y, None if weight is None else weight[part])
+    total = total.reshape(MOMENTS, 1, edges.bins, 2)
     if event.dtype == bool:
         total[2, ..., 1] = total[5, ..., 1] = total[0, ..., 1]
         total[4, ..., 1] = total[1, ..., 1]
+    if weight is None:
+        total[6] = total[0]
     return total
 
 
-def _add_moments(total: np.ndarray, index: np.ndarray, c: np.ndarray, y: np.ndarray) -> None:
+def _add_moments(total: np.ndarray, index: np.ndarray, c: np.ndarray, y: np.ndarray, w: np.ndarray | None) -> None:
     size = total.shape[1]
-    total[0] += np.bincount(index, minlength=size)
-    total[1] += np.bincount(index, c, size)
-    total[3] += np.bincount(index, c * c, size)
+    mass = c if w is None else w * c
+    total[0] += np.bincount(index, w, size)
+    total[1] += np.bincount(index, mass, size)
+    total[3] += np.bincount(index, mass * c, size)
+    if w is not None:
+        total[6] += np.bincount(index, w * w, size)
     if y.dtype != bool:
-        for row, weight in ((2, y), (4, c * y), (5, y * y)):
-            total[row] += np.bincount(index, weight, size)
+        hits = y if w is None else w * y
+        for row, value in ((2, hits), (4, c * hits), (5, y * hits)):
+            total[row] += np.bincount(index, value, size)
 
 
-def gap_sums(confidence: np.ndarray, event: np.ndarray, edges: Edges, *, check: bool = False) -> np.ndarray:
+def gap_sums(
+    confidence: np.ndarray, event: np.ndarray, edges: Edges, weight: np.ndarray | None = None, *, check: bool = False
+) -> np.ndarray:
     """Sum of confidence minus event in each bin: all that an L1 error needs, in one pass."""
     total = np.zeros(edges.bins)
     for start in range(0, len(confidence), _CHUNK):
         part = slice(start, start + _CHUNK)
         c = unit_interval("confidence", confidence[part]) if check else confidence[part].astype(np.float64, copy=False)
-        total += np.bincount(bin_index(c, edges), c - event[part], edges.bins)
+        gap = c - event[part]
+        total += np.bincount(bin_index(c, edges), gap if weight is None else gap * weight[part], edges.bins)
     return total
 
 
@@ -125,8 +135,7 @@ def reliability_bins(
     *,
     bins: int = DEFAULT_BINS,
     strategy: str = "equal_width",
-    bootstrap: int = 0,
-    seed: int = 0,
+    sample_weight: Any = None,
 ) -> dict[str, list]:
     """The numbers behind a reliability diagram, as plain lists.
 
@@ -135,12 +144,12 @@ def reliability_bins(
         correct (`[N]`): whether it did (0 or 1), or the fraction of raters who say so.
         bins (`int`): number of bins.
         strategy (`str`): `"equal_width"` or `"equal_mass"`.
-        bootstrap (`int`): resamples for a 95 % band around each accuracy; 0 for none.
-        seed (`int`): seed of the resampling.
+        sample_weight (`[N]`): how much each row counts.
 
     Returns:
-        `dict`: `edges` (bins + 1 numbers), and per bin `count`, `confidence` (mean), `accuracy` (mean of `correct`);
-        with `bootstrap` also `band_low` and `band_high`. Means of empty bins are NaN.
+        `dict`: `edges` (bins + 1 numbers), and per bin `count`, `confidence` (mean), `accuracy` (mean of `correct`),
+        and `band_low` and `band_high`, the 95 % interval of that accuracy: wide where there are few rows, also when
+        these are all right. Means and bands of empty bins are NaN.
 
     Raises:
         ValueError: shapes, types or values are wrong.
@@ -149,31 +158,24 @@ def reliability_bins(
 
     ```python
     >>> from hf_moecal.metrics import reliability_bins
-    >>> reliability_bins([0.9, 0.8, 0.3], [1, 0, 0], bins=2)["accuracy"]
+    >>> found = reliability_bins([0.9, 0.8, 0.3], [1, 0, 0], bins=2)
+    >>> found["accuracy"]
     [0.0, 0.5]
+    >>> [round(end, 2) for end in (found["band_low"][0], found["band_high"][0])]
+    [0.0, 0.95]
 
     ```
     """
     confidence = unit_interval("confidence", as_array("confidence", confidence))
     event = read_correct(correct, len(confidence))
-    edges = make_edges(strategy, confidence, bins)
-    moments = cells(confidence, event, edges)[:, 0]
-    count, mass, hits = moments[:3].sum(-1)
-    with np.errstate(invalid="ignore"):
-        found = {"confidence": mass / count, "accuracy": hits / count}
-    if check_count("bootstrap", bootstrap, least=0):
-        found |= _bands(moments, bootstrap, seed)
+    weight = None if sample_weight is None else read_weights(sample_weight, len(confidence))
+    edges = make_edges(strategy, confidence, bins, weight)
+    moments = cells(confidence, event, edges, weight)
+    total, mass, hits, *_, squares = moments[:, 0].sum(-1)
+    count = np.bincount(bin_index(confidence, edges), minlength=edges.bins)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = {"confidence": mass / total, "accuracy": hits / total}
+        spread = soft_spread(moments)
+        found["band_low"], found["band_high"] = score_interval(found["accuracy"], total**2 / squares, spread)
     lists = {name: values.tolist() for name, values in found.items()}
-    return {"edges": edges.edges.tolist(), "count": count.astype(np.int64).tolist(), **lists}
-
-
-def _bands(moments: np.ndarray, bootstrap: int, seed: int) -> dict[str, np.ndarray]:
-    from .figures import resample
-
-    draws, sums = resample(moments, moments[2], moments[5], bootstrap, seed)
-    with np.errstate(invalid="ignore"):
-        drawn = np.clip(sums / draws, 0.0, 1.0)
-    low, high = (np.full(moments.shape[1], np.nan) for _ in range(2))
-    some = moments[0].sum(-1) > 0
-    low[some], high[some] = np.nanquantile(drawn[:, some], [0.025, 0.975], axis=0)
-    return {"band_low": low, "band_high": high}
+    return {"edges": edges.edges.tolist(), "count": count.tolist(), **lists}

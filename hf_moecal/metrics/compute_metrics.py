@@ -10,9 +10,10 @@ import numpy as np
 from .accumulator import CalibrationAccumulator
 from .binning import DEFAULT_BINS
 from .inputs import IGNORED_LABEL, Rows, check_length
+from .iteration import current_iteration
 
 
-FLAT = ("ece", "ece_debiased", "nll", "brier", "accuracy", "signed_gap", "n")
+FLAT = ("ece", "ece_debiased", "nll", "n_zero_probability", "brier", "accuracy", "signed_gap", "n")
 
 
 def calibration_metrics(*, bins: int = DEFAULT_BINS, strategy: str = "equal_width") -> Callable[..., dict[str, float]]:
@@ -23,7 +24,7 @@ def calibration_metrics(*, bins: int = DEFAULT_BINS, strategy: str = "equal_widt
     most likely token), `correct`, `nll` and `brier`, [N, S] each, -100 where nothing is supervised.
 
     Returns:
-        `Callable`: gives `ece`, `ece_debiased`, `nll`, `brier`, `accuracy`, `signed_gap` and `n`. For a language model
+        `Callable`: gives `ece`, `ece_debiased`, `nll`, `n_zero_probability`, `brier`, `accuracy`, `signed_gap` and `n`. For a language model
         these are over tokens; `sequence_ece` and so on are over sequences, of which each counts once, with the means
         over its tokens: mean confidence against the share of tokens that are right.
 
@@ -40,26 +41,40 @@ def calibration_metrics(*, bins: int = DEFAULT_BINS, strategy: str = "equal_widt
     ```
     """
     pending: dict[str, CalibrationAccumulator] = {}
+    iteration: list | None = None
 
     def compute_metrics(prediction: Any, compute_result: bool = True) -> dict[str, float]:
-        logits, labels = (
-            prediction if isinstance(prediction, tuple) else (prediction.predictions, prediction.label_ids)
-        )
-        if isinstance(logits, Mapping):
-            tokens, sequences = _token_rows(logits)
-            pending.setdefault("", CalibrationAccumulator()).add_rows(tokens)
-            pending.setdefault("sequence_", CalibrationAccumulator()).add_rows(sequences)
-        else:
-            logits = _on_cpu(logits[0] if isinstance(logits, tuple | list) else logits)
-            pending.setdefault("", CalibrationAccumulator()).add(_labels_of(_on_cpu(labels), logits), logits=logits)
-        if not compute_result:
-            return {}
-        settings = dict(bins=bins, strategy=strategy, bootstrap=0, ranked=False)
-        reports = {prefix: accumulator.report(**settings) for prefix, accumulator in pending.items()}
-        pending.clear()
-        return {prefix + name: float(report[name]) for prefix, report in reports.items() for name in FLAT}
+        nonlocal iteration
+        if iteration is not current_iteration():
+            pending.clear()  # left over from an evaluation that was interrupted
+        iteration = current_iteration()
+        try:
+            _add(pending, prediction)
+            return _flat(pending, dict(bins=bins, strategy=strategy)) if compute_result else {}
+        except ValueError:
+            compute_result = True
+            raise
+        finally:
+            if compute_result:
+                pending.clear()
 
     return compute_metrics
+
+
+def _add(pending: dict[str, CalibrationAccumulator], prediction: Any) -> None:
+    logits, labels = prediction if isinstance(prediction, tuple) else (prediction.predictions, prediction.label_ids)
+    if isinstance(logits, Mapping):
+        tokens, sequences = _token_rows(logits)
+        pending.setdefault("", CalibrationAccumulator()).add_rows(tokens)
+        pending.setdefault("sequence_", CalibrationAccumulator()).add_rows(sequences)
+    else:
+        logits = _on_cpu(logits[0] if isinstance(logits, tuple | list) else logits)
+        pending.setdefault("", CalibrationAccumulator()).add(_labels_of(_on_cpu(labels), logits), logits=logits)
+
+
+def _flat(pending: Mapping[str, CalibrationAccumulator], settings: Mapping[str, Any]) -> dict[str, float]:
+    reports = {prefix: rows.report(**settings, intervals=False, ranked=False) for prefix, rows in pending.items()}
+    return {prefix + name: float(report[name]) for prefix, report in reports.items() for name in FLAT}
 
 
 def _on_cpu(value: Any) -> Any:

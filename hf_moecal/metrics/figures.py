@@ -15,17 +15,19 @@ def errors(moments: np.ndarray) -> dict[str, float]:
     """L1, L2, largest and debiased calibration errors of one group.
 
     Args:
-        moments (`[6, K, B, 2]`): see [`cells`]; K is the number of classes in classwise mode, else 1. Errors are means
+        moments (`[7, K, B, 2]`): see [`cells`]; K is the number of classes in classwise mode, else 1. Errors are means
             over classes (`ece_max` is the maximum, L2 figures are the root of the mean square).
     """
-    count, mass, hits, _, _, squares = moments.sum(-1)
-    n = count.sum(-1, keepdims=True)
+    weight, mass, hits, _, _, squares, weight2 = moments.sum(-1)
+    n = weight.sum(-1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
-        gap = np.where(count > 0, (mass - hits) / count, 0.0)
-        variance = np.maximum(squares - hits**2 / count, 0.0) / (count * (count - 1.0))
-        share = count / n
-    variance = np.where(count > 1, variance, 0.0)
-    unbiased = np.where(count > 1, gap**2 - variance, 0.0)
+        count = np.where(weight > 0, weight**2 / weight2, 0.0)
+        gap = np.where(weight > 0, (mass - hits) / weight, 0.0)
+        variance = np.maximum(squares - hits**2 / weight, 0.0) / (weight * (count - 1.0))
+        share = weight / n
+    several = count > 1.0 + 1e-9
+    variance = np.where(several, variance, 0.0)
+    unbiased = np.where(several, gap**2 - variance, 0.0)
     return {
         "ece": _mean(np.abs(mass - hits).sum(-1) / n[:, 0]),
         "ece_l2": math.sqrt(_mean((share * gap**2).sum(-1))),
@@ -55,8 +57,10 @@ def expected_gap(moments: np.ndarray) -> np.ndarray:
     Hard references: De Moivre's mean deviation of a binomial, scaled to the variance of unequal confidences. Soft
     references: normal noise with the spread of the residuals in the bin.
     """
-    count, mass, hits, mass2, cross, squares = moments.sum(-1)
+    weight, mass, hits, mass2, cross, squares, weight2 = moments.sum(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
+        count = np.where(weight > 0, weight**2 / weight2, 0.0)
+        mass, hits, mass2, cross, squares = (value * count / weight for value in (mass, hits, mass2, cross, squares))
         mean = mass / count
         even = count * mean * (1.0 - mean)
         shrink = np.sqrt(np.clip((mass - mass2) / even, 0.0, 1.0))
@@ -75,56 +79,12 @@ def _binomial_deviation(count: np.ndarray, p: np.ndarray) -> np.ndarray:
     return 2.0 * np.exp(logs)
 
 
-def resample(
-    moments: np.ndarray, first: np.ndarray, second: np.ndarray, bootstrap: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bootstrap of rows through bin counts: counts [R, B] and sums [R, B] of a quantity with the given moments [B, 2].
-
-    A multinomial draw says how often rows of each cell are drawn; about its mean, the sum within a bin is normal.
-    """
-    rng = np.random.default_rng(seed)
-    count = moments[0].T.ravel()
-    bins, some = len(moments[0]), count > 0
-    mean = first.T.ravel()[some] / count[some]
-    variance = second.T.ravel()[some] / count[some] - mean**2
-    variance[variance < 1e-12] = 0.0  # rounding of the two sums
-    n = int(count.sum())
-    draws = rng.multinomial(n, count[some] / n, size=bootstrap).astype(np.float64)
-    bin_of = (np.flatnonzero(some) % bins)[:, None] == np.arange(bins)  # [cells, B]
-    counts, means, variances = (draws @ (bin_of * weight) for weight in (1.0, mean[:, None], variance[:, None]))
-    return counts, means + np.sqrt(variances) * rng.standard_normal(means.shape)
-
-
-def interval(moments: np.ndarray, bootstrap: int, seed: int) -> list[float]:
-    """95 % bootstrap interval of the calibration error of one group (moments [6, B, 2])."""
-    some = moments[0].sum(-1) > 0
-    _, mass, hits, mass2, cross, squares = moments = moments[:, some]
-    gaps = mass - hits
-    _, drawn = resample(moments, gaps, mass2 - 2 * cross + squares, bootstrap, seed)
-    n, gap = moments[0].sum(), gaps.sum(-1)
-    return covering_interval(np.abs(gap).sum() / n, np.abs(drawn).sum(-1) / n, np.abs(drawn - gap).sum(-1) / n)
-
-
-def covering_interval(value: float, drawn: np.ndarray, noise: np.ndarray) -> list[float]:
-    """95 % interval of an error that cannot be negative, from its resamples and from those of a model without error.
-
-    Resampling adds noise a second time, and noise only ever raises such an error: percentiles alone never reach a true
-    value of zero. So the upper end is the percentile, the lower one is reflected about the estimate, and it is zero
-    where noise alone explains the estimate. Conservative: it covers the true value in 95 % of samples or more.
-    """
-    drawn, noise = np.sort(drawn), np.sort(noise)
-    low, high = drawn[int(0.025 * len(drawn))], drawn[-1 - int(0.025 * len(drawn))]
-    if value <= noise[-1 - int(0.025 * len(noise))]:
-        return [0.0, float(max(high, value))]
-    return [float(min(max(0.0, 2 * value - high), low, value)), float(max(high, value))]
-
-
 def brier_decomposition(moments: np.ndarray) -> dict[str, float]:
     """Murphy's terms of the squared error of the confidence, with the spread inside bins (Stephenson et al. 2008).
 
     `brier = reliability - resolution + uncertainty + within_bins`, exactly.
     """
-    count, mass, hits, mass2, cross, _ = moments.sum(-1)
+    count, mass, hits, mass2, cross, _, _ = moments.sum(-1)
     n = count.sum()
     some = count > 0
     count, mass, hits = count[some], mass[some], hits[some]

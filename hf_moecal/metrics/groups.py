@@ -11,6 +11,7 @@ import numpy as np
 from ..table import columns, names
 from .figures import ERRORS
 from .inputs import as_array, check_count, check_length
+from .uncertainty import LEVEL
 
 
 Key = tuple[tuple[str, Any], ...]  # one (column, value) for a group, two for an intersection
@@ -139,19 +140,39 @@ def _split(codes: np.ndarray, count: int) -> list[np.ndarray]:
 
 
 def compare_groups(groups: Mapping[str, dict]) -> dict[str, Any]:
-    """The worst group and the spread of each figure.
-
-    The worst is the one with the largest lower end of `ece_interval`, so that a small group does not win by noise.
-    Where that ties (or without a bootstrap) the debiased L2 error decides.
-    """
+    """The worst group, the p-values of all, corrected for how many there are, and the spread of each figure."""
     some = {name: found for name, found in groups.items() if found["n"]}
-    worst = max(some, key=lambda name: _severity(some[name]))
+    adjusted = holm({name: found["calibrated_p"] for name, found in some.items()})
+    worst = next(iter(miscalibrated(some)), None)
     spread = {key: max(f[key] for f in some.values()) - min(f[key] for f in some.values()) for key in SPREAD}
-    return {"worst_group": worst, "worst_group_ece": some[worst]["ece"], "group_spread": spread}
+    return {
+        "worst_group": worst,
+        "worst_group_ece": None if worst is None else some[worst]["ece"],
+        "group_p": adjusted,
+        "group_spread": spread,
+    }
 
 
-def _severity(figures: dict) -> tuple[float, float, float]:
-    return float(np.nan_to_num(figures["ece_interval"][0])), figures["ece_l2_debiased"], figures["ece"]
+def miscalibrated(groups: Mapping[Any, Mapping[str, Any]]) -> list:
+    """Names of the groups whose miscalibration chance does not explain, the worst first.
+
+    A group counts where its `calibrated_p`, corrected by Holm for the number of groups, is below .05; the worst is the
+    one whose interval starts highest. So where nothing is wrong a group is named in 5 % of cases at most, and neither
+    the smallest group nor one of many wins by noise.
+    """
+    adjusted = holm({name: found["calibrated_p"] for name, found in groups.items()})
+    certain = [name for name, p in adjusted.items() if p < LEVEL]
+    return sorted(certain, key=lambda name: (-groups[name]["ece_interval"][0], -groups[name]["ece"]))
+
+
+def holm(p_values: Mapping[Any, float | None]) -> dict[Any, float]:
+    """Holm's correction of p-values for their number; those that are not known (None or NaN) count as one."""
+    known = {name: 1.0 if p is None or np.isnan(p) else float(p) for name, p in p_values.items()}
+    adjusted, least = dict.fromkeys(known, 1.0), 0.0
+    for rank, name in enumerate(sorted(known, key=known.__getitem__)):
+        least = max(least, min(1.0, (len(known) - rank) * known[name]))
+        adjusted[name] = least
+    return adjusted
 
 
 def routing_groups(table: Any, by: str, *, bins: int = 4) -> list[str]:

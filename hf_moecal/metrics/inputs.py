@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .rounding import ROUNDING, check_row_sums, coarseness, renormalized
+
 
 IGNORED_LABEL = -100
 MODES = ("top_label", "classwise", "positive_class")
-ROUNDING = 1e-6  # how far outside [0, 1] a probability may lie by rounding; it is then clipped
 _CHUNK = 1 << 18  # elements per chunk: small enough for the second-level cache, large enough to hide numpy's overhead
-_SUM_TOLERANCE = {2: 1e-2, 4: 1e-4, 8: 1e-4}  # by bytes per element of the array that was given
 
 
 class Rows(NamedTuple):
@@ -20,7 +20,7 @@ class Rows(NamedTuple):
 
     `event` is what the confidence speaks of: "the prediction is right" (top-label, classwise) or "the class is 1"
     (positive-class); a fraction in [0, 1] for soft references. `scores` and `events` ([N, C]) exist in classwise mode
-    only.
+    only, `weight` where rows count differently.
     """
 
     confidence: np.ndarray
@@ -29,6 +29,7 @@ class Rows(NamedTuple):
     brier: np.ndarray
     scores: np.ndarray | None = None
     events: np.ndarray | None = None
+    weight: np.ndarray | None = None
 
     def take(self, index: Any) -> Rows:
         """The rows of a slice, a mask or an index array."""
@@ -36,6 +37,8 @@ class Rows(NamedTuple):
 
     @classmethod
     def concatenate(cls, parts: Sequence[Rows]) -> Rows:
+        if any(part.weight is not None for part in parts):
+            parts = [p if p.weight is not None else p._replace(weight=np.ones(len(p.confidence))) for p in parts]
         return cls(*(None if arrays[0] is None else np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
@@ -114,6 +117,8 @@ def unit_interval(name: str, array: np.ndarray, *, hint: str = "") -> np.ndarray
     low, high = (array.min(), array.max()) if array.size else (0.0, 0.0)
     if not (low >= 0.0 and high <= 1.0):  # also true for NaN
         bad = ~((array >= -ROUNDING) & (array <= 1.0 + ROUNDING))
+        bad[bad] = array[bad] > 1.0 + coarseness(array[bad][:, None])[1]
+        bad |= np.isnan(array) | (array < -ROUNDING)
         if bad.any():
             row = int(np.flatnonzero(bad.reshape(len(array), -1).any(1))[0])
             value = float(array[row].ravel()[bad.reshape(len(array), -1)[row]][0])
@@ -134,12 +139,12 @@ def read_correct(correct: Any, n: int) -> np.ndarray:
     return hits if array.dtype.kind in "iu" or bool(np.all(hits | (fractions == 0.0))) else fractions
 
 
-def read_labels(labels: Any, *, n: int, classes: int | None, what: str) -> np.ndarray:
+def read_labels(labels: Any, *, n: int, classes: int | None, what: str, renormalize: bool = False) -> np.ndarray:
     """Class indices as int64 [N], or a float64 [N, C] distribution of raters (not where `classes` is unknown)."""
     array = as_array("labels", labels, ndim=(1,) if classes is None else (1, 2))
     check_length("labels", array, n, what)
     if array.ndim == 2:
-        return _soft_labels(array, classes)
+        return _soft_labels(array, classes, renormalize)
     if array.dtype.kind == "f":
         raise ValueError(
             "labels must be whole numbers, got floats; use labels.astype(int) for classes, "
@@ -155,37 +160,30 @@ def read_labels(labels: Any, *, n: int, classes: int | None, what: str) -> np.nd
     return array
 
 
-def _soft_labels(array: np.ndarray, classes: int) -> np.ndarray:
+def _soft_labels(array: np.ndarray, classes: int, renormalize: bool) -> np.ndarray:
     if array.shape[1] != classes:
         raise ValueError(
             f"labels has {array.shape[1]} columns but there are {classes} classes; give one column per class."
         )
     array = unit_interval("labels", array, hint=" A 2-D reference holds the fraction of raters for each class.")
-    check_row_sums("labels", array.sum(1), 8)
+    if renormalize:
+        return renormalized("labels", array)
+    check_row_sums("labels", array.sum(1), array)
     return array
 
 
-def check_row_sums(name: str, sums: np.ndarray, itemsize: int, first_row: int = 0) -> None:
-    off = np.abs(sums - 1.0)
-    if not off.max(initial=0.0) <= _SUM_TOLERANCE[itemsize]:  # also true for NaN
-        row = int(np.flatnonzero(~(off <= _SUM_TOLERANCE[itemsize]))[0])
-        hint = "; if these are scores before the softmax, pass them as logits" if name == "probs" else ""
-        raise ValueError(
-            f"rows of {name} must sum to 1, but row {first_row + row} sums to {float(sums[row]):g}{hint}."
-        )
-
-
 def probability_chunks(
-    probs: np.ndarray | None, logits: np.ndarray | None
+    probs: np.ndarray | None, logits: np.ndarray | None, *, renormalize: bool = False
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray | None, np.ndarray]]:
     """Yields (rows, probabilities, log-probabilities or None, argmax) over cache-sized pieces, checked."""
     array = probs if probs is not None else logits
-    itemsize = array.dtype.itemsize
     step = max(1, _CHUNK // array.shape[1])
     for start in range(0, len(array), step):
         rows = slice(start, min(start + step, len(array)))
         if probs is not None:
-            chunk, top = _checked_probs(array[rows], itemsize, start)
+            chunk, top = _checked_probs(
+                renormalized("probs", array[rows], start) if renormalize else array[rows], start
+            )
             yield rows, chunk, None, top
         else:
             logs = _log_softmax(array[rows], start)
@@ -208,9 +206,9 @@ def top_of_probs(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         sums[rows] = _row_sums(chunk, ones)
         _argmax(chunk, top)
         confidence[rows] = chunk.ravel()[top + firsts[: len(top)]]
-    check_row_sums("probs", sums, probs.dtype.itemsize)
+    check_row_sums("probs", sums, probs)
     for row in np.flatnonzero(np.signbit(confidence)):
-        chunk, top = _checked_probs(probs[row : row + 1], probs.dtype.itemsize, row)
+        chunk, top = _checked_probs(probs[row : row + 1], row)
         winner[row], confidence[row] = top[0], chunk[0, top[0]]
     return confidence, winner
 
@@ -229,9 +227,10 @@ def _argmax(chunk: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     return chunk.view(f"u{chunk.itemsize}").argmax(1, out=out)
 
 
-def _checked_probs(chunk: np.ndarray, itemsize: int, start: int) -> tuple[np.ndarray, np.ndarray]:
-    chunk = np.ascontiguousarray(chunk, dtype=np.float64 if itemsize == 8 or chunk.dtype.kind != "f" else np.float32)
-    check_row_sums("probs", _row_sums(chunk, np.ones(chunk.shape[1], chunk.dtype)), itemsize, start)
+def _checked_probs(chunk: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
+    wide = chunk.dtype.itemsize == 8 or chunk.dtype.kind != "f"
+    chunk = np.ascontiguousarray(chunk, dtype=np.float64 if wide else np.float32)
+    check_row_sums("probs", _row_sums(chunk, np.ones(chunk.shape[1], chunk.dtype)), chunk, start)
     top = _argmax(chunk)
     if np.signbit(chunk[np.arange(len(chunk)), top]).any():
         if chunk.min() < -ROUNDING:
@@ -246,11 +245,26 @@ def _checked_probs(chunk: np.ndarray, itemsize: int, start: int) -> tuple[np.nda
 
 
 def _log_softmax(chunk: np.ndarray, start: int) -> np.ndarray:
+    """Log-probabilities; a logit of minus infinity is a class that the row excludes."""
     chunk = chunk.astype(np.float64)
     peak = chunk.max(1, keepdims=True)
-    if not np.isfinite(chunk).all():
-        row = start + int(np.flatnonzero(~np.isfinite(chunk).all(1))[0])
-        raise ValueError(f"logits must be finite, but row {row} is not; give excluded classes a large negative score.")
+    bad = np.isnan(chunk).any(1) | ~np.isfinite(peak[:, 0])
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        what = "only -inf" if peak[row, 0] == -np.inf else "NaN or +inf"
+        raise ValueError(f"logits must be finite, or -inf for excluded classes, but row {start + row} holds {what}.")
     chunk -= peak
     chunk -= np.log(np.exp(chunk).sum(1, keepdims=True))
     return chunk
+
+
+def read_weights(sample_weight: Any, n: int) -> np.ndarray:
+    """`sample_weight` as float64 [N]: finite, none below zero, not all zero."""
+    weight = as_array("sample_weight", sample_weight).astype(np.float64)
+    check_length("sample_weight", weight, n, "the data")
+    bad = np.flatnonzero(~(np.isfinite(weight) & (weight >= 0)))
+    if len(bad):
+        raise ValueError(
+            f"sample_weight must be finite numbers of 0 or more, but row {bad[0]} holds {weight[bad[0]]:g}."
+        )
+    return weight

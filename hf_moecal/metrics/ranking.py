@@ -18,18 +18,20 @@ def ranking_figures(rows: Rows, mode: str) -> dict[str, float]:
     if mode == "positive_class":
         sure = np.maximum(rows.confidence, 1.0 - rows.confidence)
         hit = np.where(rows.confidence > 0.5, event, 1.0 - event)
+    weight = rows.weight
     if rows.scores is None:
-        smooth = smooth_ece(rows.confidence, event)
+        smooth = smooth_ece(rows.confidence, event, weight)
     else:
-        smooth = float(np.mean([smooth_ece(c, y) for c, y in zip(rows.scores.T, rows.events.T, strict=True)]))
+        pairs = zip(rows.scores.T, rows.events.T, strict=True)
+        smooth = float(np.mean([smooth_ece(c, y, weight) for c, y in pairs]))
     return {
-        "aurc": area_under_risk_coverage(sure, hit),
-        "auroc": auroc(rows.confidence, event),
+        "aurc": area_under_risk_coverage(sure, hit, weight),
+        "auroc": auroc(rows.confidence, event, weight),
         "smooth_ece": smooth,
     }
 
 
-def smooth_ece(confidence: np.ndarray, event: np.ndarray) -> float:
+def smooth_ece(confidence: np.ndarray, event: np.ndarray, weight: np.ndarray | None = None) -> float:
     """Calibration error without bins (Blasiok & Nakkiran 2023).
 
     Residuals are smoothed with a reflected Gaussian whose width equals the resulting error.
@@ -40,7 +42,8 @@ def smooth_ece(confidence: np.ndarray, event: np.ndarray) -> float:
         return float("nan")
     cell = np.minimum((confidence * _GRID).astype(np.intp), _GRID - 1)
     upper = confidence * _GRID - cell
-    residual = (confidence - event) / len(confidence)
+    share = 1.0 / len(confidence) if weight is None else weight / weight.sum()
+    residual = (confidence - event) * share
     mass = np.bincount(cell, residual * (1.0 - upper), _GRID + 1)
     mass += np.bincount(cell + 1, residual * upper, _GRID + 1)
     mass[[0, -1]] *= 2.0  # the even extension holds the inner nodes twice and the outer ones once
@@ -59,33 +62,46 @@ def smooth_ece(confidence: np.ndarray, event: np.ndarray) -> float:
     return error(high)
 
 
-def _by_value(confidence: np.ndarray, event: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _by_value(confidence: np.ndarray, event: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Number of examples and sum of events for each distinct confidence, in rising order."""
     order = np.argsort(confidence, kind="stable")
     ordered = confidence[order]
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    return np.diff(np.append(starts, len(ordered))).astype(np.float64), np.add.reduceat(event[order], starts)
+    if weight is None:
+        return np.diff(np.append(starts, len(ordered))).astype(np.float64), np.add.reduceat(event[order], starts)
+    return np.add.reduceat(weight[order], starts), np.add.reduceat((weight * event)[order], starts)
 
 
-def auroc(confidence: np.ndarray, event: np.ndarray) -> float:
+def auroc(confidence: np.ndarray, event: np.ndarray, weight: np.ndarray | None = None) -> float:
     """Chance that an example with the event has the higher confidence; ties count half. NaN if one side is missing."""
     if not len(confidence):
         return float("nan")
-    count, hits = _by_value(confidence, event)
-    misses = count - hits
+    count, hits = _by_value(confidence, event, weight)
+    misses = np.maximum(count - hits, 0.0)
     pairs = hits.sum() * misses.sum()
     below = np.cumsum(misses) - misses
     return float((hits * (below + 0.5 * misses)).sum() / pairs) if pairs > 0 else float("nan")
 
 
-def area_under_risk_coverage(confidence: np.ndarray, hit: np.ndarray) -> float:
-    """Mean error rate among the k most confident, over k = 1..n; ties in random order (their expectation)."""
+def area_under_risk_coverage(confidence: np.ndarray, hit: np.ndarray, weight: np.ndarray | None = None) -> float:
+    """Mean error rate among the k most confident, over k = 1..n; ties in random order (their expectation).
+
+    A block of w equal confidences after W others, of which E are wrong, adds sum_j (E + j e / w) / (W + j) for
+    j = 1..w. Written with the digamma function that holds for weights as well.
+    """
     if not len(confidence):
         return float("nan")
-    count, hits = _by_value(confidence, hit)
+    count, hits = _by_value(confidence, hit, weight)
     count, errors = count[::-1], (count - hits)[::-1]
     before, wrong = np.cumsum(count) - count, np.cumsum(errors) - errors
-    rank = np.arange(1.0, len(confidence) + 1.0)
-    block = np.repeat(np.arange(len(count)), count.astype(np.int64))
-    expected = wrong[block] + (rank - before[block]) * (errors / count)[block]
-    return float((expected / rank).mean())
+    rate = errors / count
+    inverse = _digamma(before + count + 1.0) - _digamma(before + 1.0)
+    return float(((wrong - before * rate) * inverse + errors).sum() / count.sum())
+
+
+def _digamma(x: np.ndarray) -> np.ndarray:
+    """Derivative of log gamma for x of 1 or more."""
+    shifted = x + 8.0
+    square = 1.0 / shifted**2
+    series = square * (1 / 12 - square * (1 / 120 - square * (1 / 252 - square * (1 / 240 - square / 132))))
+    return np.log(shifted) - 0.5 / shifted - series - sum(1.0 / (x + k) for k in range(8))

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from ..table import columns, names
-from .accumulator import DEFAULT_BOOTSTRAP, CalibrationAccumulator
+from .accumulator import CalibrationAccumulator
 from .binning import DEFAULT_BINS, equal_mass, equal_width, gap_sums
 from .groups import column_groups
-from .inputs import as_array, check_choice, read_correct, unit_interval
+from .inputs import as_array, check_choice, read_correct, read_weights, unit_interval
+from .rounding import renormalized
 from .rows import top_label
 
 
@@ -33,9 +34,10 @@ def calibration_report(
     bins: int = DEFAULT_BINS,
     mode: str = "top_label",
     strategy: str = "equal_width",
-    bootstrap: int = DEFAULT_BOOTSTRAP,
-    seed: int = 0,
+    intervals: bool = True,
     ranked: bool = True,
+    renormalize: bool = False,
+    sample_weight: Any = None,
 ) -> dict[str, Any]:
     """Says whether predicted probabilities can be trusted: every calibration figure, overall and for each group.
 
@@ -56,17 +58,26 @@ def calibration_report(
         mode (`str`): `"top_label"` (is the winner right as often as it says?), `"classwise"` (the same for every
             class, averaged), or `"positive_class"` (two classes: does class 1 occur as often as it says?).
         strategy (`str`): `"equal_width"` or `"equal_mass"` bins.
-        bootstrap (`int`): resamples for the interval; 0 for none.
-        seed (`int`): seed of the resampling.
+        intervals (`bool`): also intervals and p-values. They are worked out, not drawn: there is no seed.
         ranked (`bool`): also the figures that need sorting (`aurc`, `auroc`, `smooth_ece`).
+        renormalize (`bool`): divide each row of `probs` (and of soft labels) by its sum: for values that were written
+            with few decimals. Those of bfloat16 and float16 are taken as they are, in whatever type they come.
+        sample_weight (`[N]`): how much each row counts in every figure, as if it were there that many times; rows of
+            weight 0 are ignored and counted. Intervals and p-values count rows, not weights: they are those of
+            `(sum w)^2 / sum w^2` rows.
 
     Returns:
         `dict`: plain numbers, lists and dicts. `ece`; `ece_l2`, `ece_max`; `ece_debiased`, `ece_l2_debiased`;
-        `ece_interval` (95 %); `ece_noise_floor` (what a perfectly calibrated model would score with as many rows);
-        `signed_gap` (confidence minus accuracy) and `signed_gap_interval`; `accuracy`, `confidence`, `nll` (nats),
-        `brier`, `brier_decomposition`, `aurc`, `auroc`, `n`, `n_ignored`. With groups also `groups` (the same by
-        name), `worst_group`, `worst_group_ece`, `group_spread`. The worst group
-        is the one whose interval starts highest. Figures that the input cannot give are NaN.
+        `ece_interval`, 95 % for the error that `ece` and `ece_debiased` estimate, that of the population under these
+        bins; `calibrated_p`, the chance that a calibrated model would show as much against itself; `ece_noise_floor`,
+        what it would score on average; `signed_gap` (confidence minus accuracy) and `signed_gap_interval`;
+        `accuracy`, `confidence`, `nll` (nats), `n_zero_probability` (labels that had probability 0: `nll` is infinite
+        then), `brier` (sum over the classes, 0 to 2; in positive-class mode of class 1, 0 to 1),
+        `brier_decomposition` (Murphy's terms, in the same units), `aurc`, `auroc`, `n`, `n_ignored`. With groups also
+        `groups` (the same by name), `group_p` (`calibrated_p` corrected by Holm for the number of groups),
+        `worst_group` (of those below .05 the one whose interval starts highest, `None` where no group stands out),
+        `worst_group_ece`, `group_spread`. Of equal maxima the first class is the winner. Figures that the input
+        cannot give are NaN.
 
     Raises:
         ValueError: input of a wrong shape, type or value; the message says which and what to do.
@@ -92,8 +103,10 @@ def calibration_report(
         nll=nll,
         brier=brier,
         groups=groups,
+        renormalize=renormalize,
+        sample_weight=sample_weight,
     )
-    return accumulator.report(bins=bins, strategy=strategy, bootstrap=bootstrap, seed=seed, ranked=ranked)
+    return accumulator.report(bins=bins, strategy=strategy, intervals=intervals, ranked=ranked)
 
 
 def expected_calibration_error(
@@ -105,6 +118,8 @@ def expected_calibration_error(
     correct: Any = None,
     bins: int = DEFAULT_BINS,
     strategy: str = "equal_width",
+    renormalize: bool = False,
+    sample_weight: Any = None,
 ) -> float:
     """Only the top-label calibration error (`ece` of [`calibration_report`]), nearly as fast as the data can be read.
 
@@ -121,12 +136,18 @@ def expected_calibration_error(
     if confidence is not None:
         confidence = as_array("confidence", confidence)
         event = read_correct(correct, len(confidence))
+        kept = np.ones(len(confidence), dtype=bool)
     else:
-        confidence, event = top_label(labels, probs, logits)
+        confidence, event, kept = top_label(labels, probs, logits, renormalize=renormalize)
     if strategy == "equal_mass":
         confidence = unit_interval("confidence", confidence)
-    edges = equal_width(bins) if strategy == "equal_width" else equal_mass(confidence, bins)
-    return float(np.abs(gap_sums(confidence, event, edges, check=True)).sum() / len(confidence))
+    weight, total = None, len(confidence)
+    if sample_weight is not None:
+        weight = read_weights(sample_weight, len(kept))[kept]
+        confidence, event, weight = confidence[weight > 0], event[weight > 0], weight[weight > 0]
+        total = weight.sum()
+    edges = equal_width(bins) if strategy == "equal_width" else equal_mass(confidence, bins, weight)
+    return float(np.abs(gap_sums(confidence, event, edges, weight, check=True)).sum() / total)
 
 
 def table_report(
@@ -172,21 +193,44 @@ def table_report(
     return {**report, "n_ignored": report["n_ignored"] + int(len(kept) - kept.sum())}
 
 
+def renormalized_table(table: Any) -> Any:
+    """The table with each row of its `probs` divided by its sum, which writing them with few decimals has moved.
+
+    Raises:
+        ValueError: there is no column `probs`, or rounding does not explain how far a sum is from one.
+
+    Example:
+
+    ```python
+    >>> from hf_moecal.metrics import renormalized_table
+    >>> renormalized_table({"label": [0], "probs": [[0.2, 0.79]]})["probs"].round(3).tolist()
+    [[0.202, 0.798]]
+
+    ```
+    """
+    probs = renormalized("probs", as_array("probs", columns(table, "probs")["probs"], ndim=(2,)))
+    if hasattr(table, "add_column"):
+        return table.remove_columns("probs").add_column("probs", probs.tolist())
+    return {**{name: table[name] for name in names(table)}, "probs": probs}
+
+
 def table_scores(table: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """What [`calibration_report`] is given of a predictions table, and the mask of the rows that this is about.
 
     These are `probs`, else `logits`, with `label`; else `confidence` with `correct` (NaN where that is not known), or
-    with `prediction` and `label`, and with the `nll` and `brier` of each row where the table has both.
+    with `prediction` and `label`, and with the `nll` and `brier` of each row where the table has both. Its
+    `sample_weight` goes along.
 
     Raises:
         ValueError: a column is missing, or for no row it is known whether the prediction is right.
     """
     present = names(table)
     source = next((name for name in ("probs", "logits") if name in present), None)
+    weight = ["sample_weight"] if "sample_weight" in present else []
     if source:
-        read = columns(table, "label", source)
-        return {"labels": read["label"], source: read[source]}, np.ones(len(read["label"]), dtype=bool)
-    scores = row_scores(table)
+        read = columns(table, "label", source, *weight)
+        return {"labels": read.pop("label"), **read}, np.ones(len(columns(table, "label")["label"]), dtype=bool)
+    scores = [*row_scores(table), *weight]
     wanted = ["correct"] if "correct" in present else ["prediction", "label"]
     read = columns(table, "confidence", *wanted, *scores)
     kept = np.ones(len(read["confidence"]), dtype=bool)

@@ -14,6 +14,7 @@ from .inputs import (
     probability_chunks,
     read_correct,
     read_labels,
+    read_weights,
     top_of_probs,
     unit_interval,
 )
@@ -30,12 +31,38 @@ def reduce_batch(
     nll: Any = None,
     brier: Any = None,
     mode: str = "top_label",
+    renormalize: bool = False,
+    sample_weight: Any = None,
 ) -> tuple[Rows, np.ndarray]:
-    """One batch as [`Rows`], and the mask of the examples that had a label (the others are left out).
+    """One batch as [`Rows`], and the mask of the examples that had a label and a weight (the others are left out).
 
     Raises:
         ValueError: the combination of arguments, a shape, a type or a value is wrong.
     """
+    given = {"probs": probs, "logits": logits, "confidence": confidence, "correct": correct}
+    rows, kept = _unweighted(
+        labels, **given, predictions=predictions, nll=nll, brier=brier, mode=mode, renormalize=renormalize
+    )
+    if sample_weight is None:
+        return rows, kept
+    weight = read_weights(sample_weight, len(kept))
+    heavy = weight > 0
+    return keep(rows._replace(weight=weight[kept]), heavy[kept]), kept & heavy
+
+
+def _unweighted(
+    labels: Any,
+    *,
+    probs: Any,
+    logits: Any,
+    confidence: Any,
+    correct: Any,
+    predictions: Any,
+    nll: Any,
+    brier: Any,
+    mode: str,
+    renormalize: bool,
+) -> tuple[Rows, np.ndarray]:
     given = [
         name for name, value in (("probs", probs), ("logits", logits), ("confidence", confidence)) if value is not None
     ]
@@ -53,42 +80,50 @@ def reduce_batch(
         raise ValueError(f"labels are missing; {given[0]} needs the reference class of each row.")
     scores = as_array(given[0], probs if logits is None else logits, ndim=(1, 2) if mode == "positive_class" else (2,))
     if mode == "positive_class":
-        return _positive_class(labels, given[0], scores)
+        return _positive_class(labels, given[0], scores, renormalize)
     if scores.shape[1] < 2:
         raise ValueError(
             f"{given[0]} has one column; two classes or more are needed, or mode='positive_class' with a 1-D array."
         )
-    return _multiclass(labels, given[0], scores, mode)
+    return _multiclass(labels, given[0], scores, mode, renormalize)
 
 
-def top_label(labels: Any, probs: Any, logits: Any = None) -> tuple[np.ndarray, np.ndarray]:
-    """Only confidence and correctness of the winner: what a calibration error needs, in one pass over the data."""
+def top_label(
+    labels: Any, probs: Any, logits: Any = None, *, renormalize: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Confidence and correctness of the winner alone, and which rows had a label, in one pass over the data."""
     name, scores = ("probs", probs) if logits is None else ("logits", logits)
     scores = as_array(name, scores, ndim=(2,))
-    references = read_labels(labels, n=len(scores), classes=scores.shape[1], what=name)
-    if logits is None:
+    references = read_labels(labels, n=len(scores), classes=scores.shape[1], what=name, renormalize=renormalize)
+    if logits is None and not renormalize:
         confidence, winner = top_of_probs(scores)
     else:
-        tops = [(chunk[np.arange(len(top)), top], top) for _, chunk, _, top in probability_chunks(None, scores)]
+        tops = [(chunk[np.arange(len(top)), top], top) for _, chunk, _, top in _chunks(name, scores, renormalize)]
         confidence, winner = (np.concatenate(parts) for parts in zip(*tops, strict=True))
     np.minimum(confidence, 1.0, out=confidence)
     if references.ndim == 2:
-        return confidence, references[np.arange(len(winner)), winner]
+        return confidence, references[np.arange(len(winner)), winner], np.ones(len(winner), dtype=bool)
     event = winner == references
     kept = references != IGNORED_LABEL
-    return (confidence, event) if kept.all() else (confidence[kept], event[kept])
+    return (confidence, event, kept) if kept.all() else (confidence[kept], event[kept], kept)
 
 
-def _chunks(name: str, scores: np.ndarray):
-    return probability_chunks(*((scores, None) if name == "probs" else (None, scores)))
+def softmax(logits: Any) -> np.ndarray:
+    """Probabilities [N, C] in float64 of logits [N, C], checked."""
+    scores = as_array("logits", logits, ndim=(2,))
+    return np.concatenate([chunk for _, chunk, _, _ in probability_chunks(None, scores)])
 
 
-def _multiclass(labels: Any, name: str, scores: np.ndarray, mode: str) -> tuple[Rows, np.ndarray]:
+def _chunks(name: str, scores: np.ndarray, renormalize: bool):
+    return probability_chunks(*((scores, None) if name == "probs" else (None, scores)), renormalize=renormalize)
+
+
+def _multiclass(labels: Any, name: str, scores: np.ndarray, mode: str, renormalize: bool) -> tuple[Rows, np.ndarray]:
     n, classes = scores.shape
-    references = read_labels(labels, n=n, classes=classes, what=name)
+    references = read_labels(labels, n=n, classes=classes, what=name, renormalize=renormalize)
     confidence, event, nll, brier = (np.empty(n) for _ in range(4))
     table = np.empty((n, classes)) if mode == "classwise" else None
-    for rows, chunk, logs, top in _chunks(name, scores):
+    for rows, chunk, logs, top in _chunks(name, scores, renormalize):
         chunk = chunk.astype(np.float64, copy=False)
         reference = references[rows]
         confidence[rows] = np.minimum(chunk[np.arange(len(top)), top], 1.0)
@@ -121,7 +156,7 @@ def _scores_of_chunk(
     return top == reference, nll, cross
 
 
-def _positive_class(labels: Any, name: str, scores: np.ndarray) -> tuple[Rows, np.ndarray]:
+def _positive_class(labels: Any, name: str, scores: np.ndarray, renormalize: bool) -> tuple[Rows, np.ndarray]:
     if scores.ndim == 2 and scores.shape[1] != 2:
         raise ValueError(
             f"mode='positive_class' is for two classes, but {name} has {scores.shape[1]} columns; "
@@ -130,7 +165,7 @@ def _positive_class(labels: Any, name: str, scores: np.ndarray) -> tuple[Rows, n
     if scores.ndim == 1 and name == "logits":
         scores = np.stack([np.zeros(len(scores)), scores.astype(np.float64)], 1)
     if scores.ndim == 2:
-        rows, kept = _multiclass(labels, name, scores, "classwise")
+        rows, kept = _multiclass(labels, name, scores, "classwise", renormalize)
         event = rows.events[:, 1]
         return Rows(rows.scores[:, 1].copy(), event.copy(), rows.nll, rows.brier / 2.0), kept
     confidence = unit_interval(name, scores, hint=" Scores before the sigmoid go into logits.")

@@ -17,7 +17,7 @@ from .data import collect, reliability
 from .figures import configuration_figure, draw_reliability, reliability_figure
 from .html import render
 from .routing import CONFIGURATION, collect_routing
-from .text import HEADINGS, HOW_TO_READ, cells, format_table, heading, sections, worst_group
+from .text import BEYOND_CHANCE, HEADINGS, HOW_TO_READ, cells, format_table, heading, sections, worst_group
 
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ def write_report(
     hard: str | None = None,
     hard_routed: Mapping[str, Table] | None = None,
     bins: int = 15,
-    bootstrap: int = 1000,
-    seed: int = 0,
 ) -> Path:
     """Writes `report.html` (one file that needs nothing else), `report.md` with its PNGs, and `metrics.json`.
 
@@ -51,8 +49,6 @@ def write_report(
         hard: boolean column that marks the hard subset of each set, or `None`.
         hard_routed: method -> predictions of the same model under `hf_moecal.hard_routing`, to be set against its own.
         bins: number of equal-width bins.
-        bootstrap: number of resamples for intervals and bands.
-        seed: seed of the resampling.
 
     Returns:
         Path of `report.md`.
@@ -60,8 +56,8 @@ def write_report(
     Raises:
         ValueError: there is no table, or a table lacks a needed column.
     """
-    data = collect(tables, title=title, hard=hard, bins=bins, bootstrap=bootstrap, seed=seed)
-    routing = collect_routing(tables, hard_routed=hard_routed, bootstrap=bootstrap, seed=seed)
+    data = collect(tables, title=title, hard=hard, bins=bins)
+    routing = collect_routing(tables, hard_routed=hard_routed)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = _save_diagrams(data, folder)
@@ -122,8 +118,8 @@ def _markdown(
         lines.append("")
     lines += _routing_markdown(metrics["routing"], configuration)
     lines.append(
-        f"{metrics['bins']} equal-width, right-closed bins of the top-label confidence; "
-        f"{metrics['bootstrap']:,} bootstrap resamples. Bold: best of the set."
+        f"{metrics['bins']} equal-width, right-closed bins of the top-label confidence. Bold: best of the set. "
+        f"{BEYOND_CHANCE}."
     )
     return "\n".join(lines) + "\n"
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..metrics import calibration_report, reliability_bins
+from ..metrics.groups import miscalibrated
 from ..metrics.report import row_scores, table_scores
+from ..metrics.rows import softmax
 from ..table import IGNORED_LABEL, columns, names
 
 
@@ -17,15 +19,18 @@ if TYPE_CHECKING:
 
     Table = Dataset | Mapping[str, Any]
 
-SCORES = ("n", "accuracy", "confidence", "signed_gap", "ece", "ece_interval", "ece_debiased", "nll", "brier")
+SCORES = (
+    *("n", "accuracy", "confidence", "signed_gap", "signed_gap_interval", "ece", "ece_interval", "ece_debiased"),
+    *("calibrated_p", "nll", "n_zero_probability", "brier"),
+)
 
 
 def outcomes(table: Table, *more: str) -> dict[str, np.ndarray]:
     """Confidence and correctness of the labelled rows, with their probabilities where the table has them.
 
     Args:
-        table: predictions table with `label` and `probs`; or with `confidence` and `correct`, or `label` and
-            `prediction`.
+        table: predictions table with `label` and `probs` or `logits`; or with `confidence` and `correct`, or `label`
+            and `prediction`.
         more: further columns to carry along.
 
     Returns:
@@ -36,9 +41,10 @@ def outcomes(table: Table, *more: str) -> dict[str, np.ndarray]:
         ValueError: a needed column is missing, or no row has a label.
     """
     present = names(table)
-    if "probs" not in present and "correct" in present:
+    if not {"probs", "logits"} & set(present) and "correct" in present:
         return _judged_outcomes(table, *more)
-    wanted = ("probs",) if "probs" in present else ("confidence", "prediction", *row_scores(table))
+    given = next((name for name in ("probs", "logits") if name in present), None)
+    wanted = (given,) if given else ("confidence", "prediction", *row_scores(table))
     found = columns(table, "label", *wanted, *more)
     row = np.flatnonzero(found["label"] != IGNORED_LABEL)
     if not len(row):
@@ -46,6 +52,8 @@ def outcomes(table: Table, *more: str) -> dict[str, np.ndarray]:
             f"No row of the predictions table has a label (all are {IGNORED_LABEL}); join the labels by `id` first."
         )
     found = {name: values[row] for name, values in found.items()}
+    if given == "logits":
+        found["probs"] = softmax(found.pop("logits"))
     if "probs" in found:
         found["confidence"], found["prediction"] = found["probs"].max(axis=1), found["probs"].argmax(axis=1)
     return {**found, "correct": found["prediction"] == found["label"], "row": row}
@@ -63,15 +71,13 @@ def select(found: Mapping[str, np.ndarray], mask: np.ndarray) -> dict[str, np.nd
     return {name: values[mask] for name, values in found.items()}
 
 
-def scores(found: Mapping[str, np.ndarray], *, bins: int = 15, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
+def scores(found: Mapping[str, np.ndarray], *, bins: int = 15) -> dict[str, Any]:
     """[`~hf_moecal.metrics.calibration_report`] of what [`outcomes`] returned, as plain numbers."""
     given = ("probs",) if "probs" in found else ("confidence", "correct", *({"nll", "brier"} & set(found)))
     report = calibration_report(
         found["label"] if "probs" in found else None,
         **{name: found[name] for name in given},
         bins=bins,
-        bootstrap=bootstrap,
-        seed=seed,
     )
     return {name: plain(report.get(name)) for name in SCORES}
 
@@ -86,23 +92,17 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def reliability(table: Table, *, bins: int = 15, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """The data of a reliability diagram: accuracy and confidence per bin, with a bootstrap band.
-
-    The band is the percentile interval (2.5 % to 97.5 %) of each bin's accuracy when rows are drawn again with
-    replacement. A row touches a bin's accuracy only through its bin and whether it is correct, so drawing the
-    2 x `bins` cells from a multinomial *is* the row bootstrap, at a cost that does not grow with the rows. Half a case
-    is added to each cell of a filled bin: otherwise three cases, all right, would get a band of no width.
+def reliability(table: Table, *, bins: int = 15) -> dict[str, Any]:
+    """The data of a reliability diagram: accuracy and confidence per bin, each accuracy with its 95 % interval.
 
     Args:
-        table: predictions table with `label` and `probs`, or with `label`, `prediction` and `confidence`.
+        table: predictions table with `label` and `probs` or `logits`, or with `label`, `prediction` and `confidence`.
         bins: number of equal-width, right-closed bins.
-        bootstrap: number of resamples.
-        seed: seed of the resampling.
 
     Returns:
-        `edges` [bins + 1]; `count`, `confidence`, `accuracy`, `low`, `high` [bins], `None` in an empty bin; and
-        `scores`, the figures of [`~hf_moecal.metrics.calibration_report`].
+        `edges` [bins + 1]; `count`, `confidence`, `accuracy`, `low`, `high` [bins], `None` in an empty bin (see
+        [`~hf_moecal.metrics.reliability_bins`]); and `scores`, the figures of
+        [`~hf_moecal.metrics.calibration_report`].
 
     Raises:
         ValueError: a needed column is missing, or no row has a label.
@@ -117,41 +117,14 @@ def reliability(table: Table, *, bins: int = 15, bootstrap: int = 1000, seed: in
 
     ```
     """
-    return diagram(outcomes(table), bins=bins, bootstrap=bootstrap, seed=seed)
+    return diagram(outcomes(table), bins=bins)
 
 
-def diagram(
-    found: Mapping[str, np.ndarray], *, bins: int = 15, bootstrap: int = 1000, seed: int = 0
-) -> dict[str, Any]:
+def diagram(found: Mapping[str, np.ndarray], *, bins: int = 15) -> dict[str, Any]:
     """[`reliability`] of what [`outcomes`] returned."""
-    binned = reliability_bins(found["confidence"], found["correct"], bins=bins)
-    count = np.asarray(binned["count"], np.int64)
-    filled = count > 0
-    accuracy = np.where(filled, np.asarray(binned["accuracy"], float), np.nan)
-    right = np.where(filled, np.round(np.nan_to_num(accuracy) * count), 0).astype(np.int64)
-    low, high = _band(right, count, bootstrap=bootstrap, seed=seed)
-    return {
-        "edges": plain(binned["edges"]),
-        "count": plain(count),
-        "confidence": plain(np.where(filled, np.asarray(binned["confidence"], float), np.nan)),
-        "accuracy": plain(accuracy),
-        "low": plain(low),
-        "high": plain(high),
-        "scores": scores(found, bins=bins, bootstrap=bootstrap, seed=seed),
-    }
-
-
-def _band(right: np.ndarray, count: np.ndarray, *, bootstrap: int, seed: int) -> np.ndarray:
-    """95 % interval of each bin's accuracy, nan where a bin is empty: [2, bins]."""
-    filled, bins = count > 0, len(count)
-    # Half a case more on either side: a bin of three cases, all right, is not certain to be right.
-    cells = np.concatenate([right + 0.5, count - right + 0.5]) * np.tile(filled, 2)
-    drawn = np.random.default_rng(seed).multinomial(count.sum(), cells / cells.sum(), size=bootstrap)
-    total = drawn[:, :bins] + drawn[:, bins:]
-    # A resample that misses a bin says nothing about it: both ends stay possible.
-    share = drawn[:, :bins] / np.maximum(total, 1)
-    ends = [np.percentile(np.where(total > 0, share, miss), q, axis=0) for q, miss in ((2.5, 0.0), (97.5, 1.0))]
-    return np.where(filled, np.stack(ends), np.nan)
+    binned = plain(reliability_bins(found["confidence"], found["correct"], bins=bins))
+    low, high = binned.pop("band_low"), binned.pop("band_high")
+    return {**binned, "low": low, "high": high, "scores": scores(found, bins=bins)}
 
 
 def collect(
@@ -160,8 +133,6 @@ def collect(
     title: str,
     hard: str | None = None,
     bins: int = 15,
-    bootstrap: int = 1000,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Everything a report shows, per evaluation set x subset x method.
 
@@ -171,12 +142,11 @@ def collect(
         title: title of the report.
         hard: boolean column that marks the hard subset of each set, or `None`.
         bins: number of bins.
-        bootstrap: number of resamples for intervals and bands.
-        seed: seed of the resampling.
 
     Returns:
-        `title`, `bins`, `bootstrap`, `hard`, and `rows`: dictionaries with `set`, `subset` ("all" or "hard"),
-        `method`, the scores, and `diagram`, the bins of the reliability diagram (`None` where the subset is empty).
+        `title`, `bins`, `hard`, and `rows`: dictionaries with `set`, `subset` ("all" or "hard"), `method`, the scores,
+        `miscalibrated` (beyond chance, corrected for the sets and subsets of the method; `worst` is the worst of
+        them), and `diagram`, the bins of the reliability diagram (`None` where the subset is empty).
 
     Raises:
         ValueError: there is no table, or a table lacks a needed column.
@@ -191,9 +161,14 @@ def collect(
         for name in dict.fromkeys(sets.tolist()):
             for subset in ("all", "hard") if hard else ("all",):
                 mask = (sets == name) & (found[hard].astype(bool) if subset == "hard" else True)
-                data = diagram(select(found, mask), bins=bins, bootstrap=bootstrap, seed=seed) if mask.any() else None
+                data = diagram(select(found, mask), bins=bins) if mask.any() else None
                 figures = data.pop("scores") if data else {**dict.fromkeys(SCORES), "n": 0}
                 rows.append({"set": str(name), "subset": subset, "method": method, **figures, "diagram": data})
     order = {key: i for i, key in enumerate(dict.fromkeys(row["set"] for row in rows))}
     rows.sort(key=lambda row: (row["subset"] == "hard", order[row["set"]]))
-    return {"title": title, "bins": bins, "bootstrap": bootstrap, "hard": hard, "rows": rows}
+    for method in tables:
+        mine = {i: row for i, row in enumerate(rows) if row["method"] == method}
+        certain = miscalibrated({i: row for i, row in mine.items() if row["n"]})
+        for i, row in mine.items():
+            row |= {"miscalibrated": i in certain, "worst": certain[:1] == [i]}
+    return {"title": title, "bins": bins, "hard": hard, "rows": rows}

@@ -67,7 +67,7 @@ def short_count(count: int) -> str:
 
 
 def draw_reliability(ax: Axes, data: Mapping[str, Any], *, color: str = PALETTE[0], limits: bool = True) -> None:
-    """Draws accuracy against confidence per bin, with the bootstrap band and the diagonal of perfect calibration.
+    """Draws accuracy against confidence per bin, with their 95 % intervals and the diagonal of perfect calibration.
 
     Args:
         ax: axes to draw on.

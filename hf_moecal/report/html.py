@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import figures
 from .routing import CONFIGURATION
-from .text import HEADINGS, HOW_TO_READ, cells, heading, sections, worst_group
+from .text import BEYOND_CHANCE, HEADINGS, HOW_TO_READ, cells, heading, sections, worst_group
 
 
 if TYPE_CHECKING:
@@ -26,9 +26,10 @@ _VARIABLES = {
 }
 _STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1f2328; --muted: #59636e; --line: #d0d7de; --best: #dafbe1;
-  --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #e69f00; --c5: #56b4e9; }
+  --off: #a63600; --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #e69f00; --c5: #56b4e9; }
 @media (prefers-color-scheme: dark) { :root { --paper: #0d1117; --ink: #e6edf3; --muted: #9198a1; --line: #3d444d;
-  --best: #12361f; --c0: #4aa8e0; --c1: #ff8c42; --c2: #2ec79a; --c3: #e39cc6; --c4: #f2b63c; --c5: #7cc7f2; } }
+  --best: #12361f; --off: #ff9d5c;
+  --c0: #4aa8e0; --c1: #ff8c42; --c2: #2ec79a; --c3: #e39cc6; --c4: #f2b63c; --c5: #7cc7f2; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 64rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
@@ -41,13 +42,15 @@ th, td { padding: .3rem .65rem; text-align: right; border-bottom: 1px solid var(
 th { font-weight: 600; } th:first-child, td:first-child, .text { text-align: left; }
 td.long { text-align: left; white-space: normal; min-width: 20rem; overflow-wrap: anywhere; }
 tbody th { padding-top: 1rem; } .best { background: var(--best); font-weight: 600; }
+.off { color: var(--off); }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); gap: 1rem; }
 .wide { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1rem; }
 figure { margin: 0; } figcaption { font-size: .875rem; } figcaption b { display: block; }
 svg { display: block; width: 100%; height: auto; max-width: 26rem; } .load svg { max-width: 44rem; }
 svg text { font-family: system-ui, "Segoe UI", "DejaVu Sans", sans-serif !important; }
 @media print { :root { color-scheme: light; --paper: #ffffff; --ink: #1f2328; --muted: #59636e; --line: #d0d7de;
-  --best: #dafbe1; --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #e69f00; --c5: #56b4e9; }
+  --best: #dafbe1; --off: #a63600; --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #e69f00;
+  --c5: #56b4e9; }
   body { max-width: none; padding: 0; font-size: 11pt; } figure, tr, h2, h3 { break-inside: avoid; }
   h2, h3 { break-after: avoid; } .grid { grid-template-columns: repeat(3, 1fr); } table { font-size: 8.5pt; }
   .scroll { overflow: visible; } th, td { padding: .2rem .4rem; } }
@@ -68,8 +71,8 @@ def render(data: Mapping[str, Any], routing: Mapping[str, Any]) -> str:
     body += [f'<p class="note">{_emphasised(HOW_TO_READ)}</p>', *_diagrams(data), *_configuration(routing)]
     body += [*_hard_against_soft(routing), *_load(routing), *_fragile(routing)]
     body.append(
-        f'<p class="note">{data["bins"]} equal-width, right-closed bins of the top-label confidence; '
-        f"{data['bootstrap']:,} bootstrap resamples.</p>"
+        f'<p class="note">{data["bins"]} equal-width, right-closed bins of the top-label confidence. '
+        f"{escape(BEYOND_CHANCE)}.</p>"
     )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -95,12 +98,15 @@ def _headline(data: Mapping[str, Any]) -> str:
     for (name, subset), members in sections(data["rows"]):
         rows.append(f'<tr><th colspan="{len(HEADINGS) + 1}">{escape(heading(name, subset))}</th></tr>')
         for row in members:
-            marked = "".join(
-                f'<td class="best">{cell[2:-2]}</td>' if cell.startswith("**") else f"<td>{cell}</td>"
-                for cell in cells(row, members, "**")
-            )
+            marked = "".join(_figure(cell) for cell in cells(row, members, "**"))
             rows.append(f"<tr><td>{escape(row['method'])}</td>{marked}</tr>")
     return _table(["", *HEADINGS.values()], rows)
+
+
+def _figure(cell: str) -> str:
+    best, off = cell.startswith("**"), "†" in cell
+    kinds = " ".join(name for name, holds in (("best", best), ("off", off)) if holds)
+    return f'<td class="{kinds}">{cell.strip("*")}</td>' if kinds else f"<td>{cell}</td>"
 
 
 def svg(figure: Figure, label: str) -> str:

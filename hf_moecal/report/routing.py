@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..metrics import calibration_report
 from ..table import names
 from .data import outcomes, plain, scores, select
 
@@ -25,8 +26,6 @@ def collect_routing(
     hard_routed: Mapping[str, Table] | None = None,
     parts: int = 5,
     examples: int = 10,
-    bootstrap: int = 1000,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Every section about routing that the columns of the tables allow.
 
@@ -35,8 +34,6 @@ def collect_routing(
         hard_routed: method -> predictions of the same model with hard routing (see `hf_moecal.hard_routing`).
         parts: equally large parts into which the rows are split by a routing feature.
         examples: number of fragile examples.
-        bootstrap: number of resamples for intervals.
-        seed: seed of the resampling.
 
     Returns:
         `configuration`: feature -> method -> parts; `load`: method -> set -> share of each expert; `fragile`:
@@ -63,7 +60,7 @@ def collect_routing(
         "hard_against_soft": [
             row
             for method, table in (hard_routed or {}).items()
-            for row in _hard_against_soft(method, tables[method], table, bootstrap=bootstrap, seed=seed)
+            for row in _hard_against_soft(method, tables[method], table)
         ],
     }
 
@@ -87,17 +84,14 @@ def by_configuration(table: Table, feature: str, *, parts: int = 5) -> list[dict
     rows = []
     for i in np.unique(part):
         mine = select(found, part == i)
-        residual = mine["confidence"] - mine["correct"]
-        error = 1.96 * residual.std() / np.sqrt(len(residual))
+        given = calibration_report(confidence=mine["confidence"], correct=mine["correct"], ranked=False)
         rows.append(
             {
                 "value": values[part == i].mean(),
-                "n": len(residual),
-                "confidence": mine["confidence"].mean(),
-                "accuracy": mine["correct"].mean(),
-                "gap": residual.mean(),
-                "low": residual.mean() - error,
-                "high": residual.mean() + error,
+                **{name: given[name] for name in ("n", "confidence", "accuracy")},
+                "gap": given["signed_gap"],
+                "low": given["signed_gap_interval"][0],
+                "high": given["signed_gap_interval"][1],
             }
         )
     return plain(rows)
@@ -133,13 +127,13 @@ def fragile(table: Table, *, examples: int = 10) -> list[dict[str, Any]]:
     return [{name: plain(wrong[name][i]) for name in shown} for i in order]
 
 
-def _hard_against_soft(method: str, soft: Table, hard: Table, *, bootstrap: int, seed: int) -> list[dict[str, Any]]:
+def _hard_against_soft(method: str, soft: Table, hard: Table) -> list[dict[str, Any]]:
     rows = []
     for routing, table in (("soft", soft), ("hard", hard)):
         found = outcomes(table, *(["group"] if "group" in names(table) else []))
         sets = found.get("group", np.full(len(found["row"]), "all"))
         for name in dict.fromkeys(sets.tolist()):
-            figures = scores(select(found, sets == name), bootstrap=bootstrap, seed=seed)
+            figures = scores(select(found, sets == name))
             rows.append({"method": method, "set": str(name), "routing": routing, **figures})
     order = list(dict.fromkeys(row["set"] for row in rows))
     return sorted(rows, key=lambda row: order.index(row["set"]))

@@ -15,9 +15,10 @@ HEADINGS = {
     "signed_gap": "gap",
     "n": "n",
 }
+BEYOND_CHANCE = "† miscalibrated beyond chance: p < .05, corrected for the number of sets"
 HOW_TO_READ = """\
 **How to read it.** A model is calibrated when it is right as often as it says it will be: points on the dashed
-diagonal. Below it the model is overconfident, above it underconfident. The shaded band is the 95 % bootstrap interval
+diagonal. Below it the model is overconfident, above it underconfident. The shaded band is the 95 % interval
 of each bin's accuracy: where it touches the diagonal, the bin is no evidence of miscalibration. The bars count the
 examples per bin, the wrong answers in grey. *gap* is mean confidence minus accuracy (positive: overconfident). A
 calibrated model's ECE is above zero by chance alone: *debiased* takes that chance out. Read ECE together with NLL
@@ -41,7 +42,7 @@ def format_table(metrics: Mapping[str, Any]) -> str:
     lines = []
     for i, line in enumerate(_aligned(table)):
         lines += ["", titles[i], line] if i in titles else [line]
-    return "\n".join([*lines, "", "* best of the set; gap = confidence - accuracy; intervals: 95 % bootstrap"])
+    return "\n".join([*lines, "", "* best of the set; gap = confidence - accuracy; intervals: 95 %", BEYOND_CHANCE])
 
 
 def sections(rows: Sequence[Mapping[str, Any]]) -> list[tuple[tuple[str, str], list[Mapping[str, Any]]]]:
@@ -61,13 +62,13 @@ def cells(row: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]], mark: str
     for key in HEADINGS:
         value = row[key]
         if value is None:
-            text = "–"
+            text = "∞" if key == "nll" and row.get("n_zero_probability") else "–"
         elif key == "n":
             text = f"{value:,}"
         else:
             text = f"{value:+.3f}" if key == "signed_gap" else f"{value:.3f}"
         if key == "ece" and value is not None and row.get("ece_interval"):
-            text += " [{:.3f}, {:.3f}]".format(*row["ece_interval"])
+            text += " [{:.3f}, {:.3f}]".format(*row["ece_interval"]) + (" †" if row.get("miscalibrated") else "")
         others = [rival[key] for rival in rivals if rival[key] is not None]
         best = key in ("ece", "nll", "brier") and len(others) > 1 and value == min(others)
         found.append(f"{mark}{text}{mark}" if best and mark == "**" else f"{text} {mark}" if best else text)
@@ -92,15 +93,16 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def worst_group(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One sentence per method on the set and subset where it is least calibrated by the debiased ECE."""
+    """One sentence: for each method the set and subset that is miscalibrated beyond chance and most, if there is."""
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        known = [row for row in rows if row["method"] == method and row["ece_debiased"] is not None]
-        if known:
-            worst = max(known, key=lambda row: row["ece_debiased"])
-            low, high = worst["ece_interval"]
-            where = heading(worst["set"], worst["subset"])
-            lines.append(
-                f"{method}: {where}, ECE {worst['ece']:.3f} [{low:.3f}, {high:.3f}], gap {worst['signed_gap']:+.3f}"
-            )
-    return "Least calibrated (by debiased ECE): " + "; ".join(lines) + "."
+        worst = next((row for row in rows if row["method"] == method and row["worst"]), None)
+        if worst is None:
+            lines.append(f"{method}: no set stands out")
+            continue
+        low, high = worst["ece_interval"]
+        where = heading(worst["set"], worst["subset"])
+        lines.append(
+            f"{method}: {where}, ECE {worst['ece']:.3f} [{low:.3f}, {high:.3f}], gap {worst['signed_gap']:+.3f}"
+        )
+    return "Least calibrated, beyond chance: " + "; ".join(lines) + "."

@@ -157,7 +157,7 @@ def score(table: Table, names: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row of figures for each set and subset."""
     rows = []
     for test, subset, chosen in subsets(table):
-        report = calibration_report(table["label"][chosen], logits=table["logits"][chosen], bootstrap=0)
+        report = calibration_report(table["label"][chosen], logits=table["logits"][chosen], intervals=False)
         figures = {name: report[name] if name == "n" else round(report[name], DECIMALS) for name in FIGURES}
         rows.append({**names, "test": test, "subset": subset, **figures})
     return rows

@@ -110,7 +110,7 @@ def test_choice_from_a_recipe(home, capsys, scoring):
         with torch.no_grad():
             expected = scores_one_by_one(model, row, scoring)
         assert found["probs"][: len(options)] == pytest.approx(expected.softmax(-1).tolist(), abs=1e-5)
-    report = table_report(table, bootstrap=0)
+    report = table_report(table, intervals=False)
     assert main(["evaluate", str(path.with_suffix(".parquet")), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out.split("parquet\n")[-1])
     assert set(printed["groups"]) == {"one", "two"} and printed["n"] == 8
@@ -186,7 +186,7 @@ def test_a_row_without_supervised_tokens_is_left_out_and_counted():
         "brier": [0.2, float("nan"), 0.1],
         "group": ["a", "b", "a"],
     }
-    report = table_report(table, bootstrap=0)
+    report = table_report(table, intervals=False)
     assert (report["n"], report["n_ignored"], report["nll"], report["accuracy"]) == (2, 1, 0.75, 0.75)
     assert report["brier"] == pytest.approx(0.15) and list(report["groups"]) == ["a"]
     for change, message in [
@@ -195,7 +195,7 @@ def test_a_row_without_supervised_tokens_is_left_out_and_counted():
         ({"correct": [0.5, 2.0, 1.0]}, "must lie in"),
     ]:
         with pytest.raises(ValueError, match=message):
-            table_report({**table, **change}, bootstrap=0)
+            table_report({**table, **change}, intervals=False)
     with pytest.raises(ValueError, match="no column 'prediction', 'label'"):
         table_report({"confidence": [0.5]})
 

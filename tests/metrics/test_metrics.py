@@ -66,7 +66,7 @@ def test_confidence_of_exactly_one_counts():
 
 def test_rounding_above_one_is_clipped_and_changes_nothing_else():
     assert report([1.0 + 1e-7, 0.25], [1, 0])["ece"] == pytest.approx(0.125, abs=1e-15)
-    found = calibration_report([0, 1], probs=[[1 + 1e-7, -1e-7], [0.25, 0.75]], bootstrap=0)
+    found = calibration_report([0, 1], probs=[[1 + 1e-7, -1e-7], [0.25, 0.75]], intervals=False)
     assert found["ece"] == pytest.approx(0.125, abs=1e-15)
 
 
@@ -85,14 +85,16 @@ def test_edges_are_right_closed():
 
 def test_ignored_labels_are_counted_and_left_out():
     probs = [[0.9, 0.1], [0.9, 0.1], [0.2, 0.8]]
-    found = calibration_report([0, -100, 1], probs=probs, groups=["a", "b", "a"], group_names=["a", "b"], bootstrap=0)
+    found = calibration_report(
+        [0, -100, 1], probs=probs, groups=["a", "b", "a"], group_names=["a", "b"], intervals=False
+    )
     assert (found["n"], found["n_ignored"], found["accuracy"]) == (2, 1, 1.0)
     assert found["groups"]["b"]["n"] == 0 and math.isnan(found["groups"]["b"]["ece"])
     assert_same(
         {k: v for k, v in found.items() if k in ("ece", "nll", "brier")},
         {
             k: v
-            for k, v in calibration_report([0, 1], probs=[probs[0], probs[2]], bootstrap=0).items()
+            for k, v in calibration_report([0, 1], probs=[probs[0], probs[2]], intervals=False).items()
             if k in ("ece", "nll", "brier")
         },
     )
@@ -122,7 +124,7 @@ def test_ties_stay_together_in_equal_mass_bins():
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16"])
 def test_low_precision_is_upcast(dtype):
     probs = torch.tensor([[0.75, 0.25], [0.5, 0.5]], dtype=getattr(torch, dtype))
-    found = calibration_report(torch.tensor([0, 1]), probs=probs, bootstrap=0)
+    found = calibration_report(torch.tensor([0, 1]), probs=probs, intervals=False)
     assert found["ece"] == 0.375 and found["confidence"] == 0.625
     assert found["nll"] == pytest.approx(-(math.log(0.75) + math.log(0.5)) / 2, abs=1e-12)
 
@@ -137,11 +139,11 @@ def test_more_rows_than_float32_can_count():
 def test_positive_class_is_another_question_than_top_label():
     probs = np.array([[0.9, 0.1]] * 9 + [[0.1, 0.9]])
     labels = np.array([0] * 9 + [0])
-    assert calibration_report(labels, probs=probs, bootstrap=0)["ece"] == pytest.approx(0.0, abs=1e-12)
-    positive = calibration_report(labels, probs=probs, mode="positive_class", bootstrap=0)
+    assert calibration_report(labels, probs=probs, intervals=False)["ece"] == pytest.approx(0.0, abs=1e-12)
+    positive = calibration_report(labels, probs=probs, mode="positive_class", intervals=False)
     assert positive["ece"] == pytest.approx(0.9 * 0.1 + 0.1 * 0.9, abs=1e-12)
     assert positive["accuracy"] == 0.9 and positive["confidence"] == pytest.approx(0.18)
-    one_column = calibration_report(labels, probs=probs[:, 1], mode="positive_class", bootstrap=0)
+    one_column = calibration_report(labels, probs=probs[:, 1], mode="positive_class", intervals=False)
     assert_same(positive, one_column)
 
 
@@ -253,10 +255,10 @@ def test_other_errors_and_the_brier_decomposition_in_plain_loops(strategy):
 def test_classwise_is_the_mean_of_the_positive_class_of_each():
     probs, labels = draw()
     for strategy in ("equal_width", "equal_mass"):
-        whole = calibration_report(labels, probs=probs, mode="classwise", strategy=strategy, bootstrap=0)
+        whole = calibration_report(labels, probs=probs, mode="classwise", strategy=strategy, intervals=False)
         each = [
             calibration_report(
-                (labels == k).astype(int), probs=probs[:, k], mode="positive_class", strategy=strategy, bootstrap=0
+                (labels == k).astype(int), probs=probs[:, k], mode="positive_class", strategy=strategy, intervals=False
             )
             for k in range(3)
         ]
@@ -292,8 +294,8 @@ def test_soft_references_are_the_mean_over_raters():
     probs, _ = draw(40)
     raters = np.random.default_rng(1).integers(0, 3, (40, 10))
     soft = np.stack([(raters == k).mean(1) for k in range(3)], 1)
-    found = calibration_report(soft, probs=probs, bootstrap=0)
-    each = [calibration_report(raters[:, r], probs=probs, bootstrap=0) for r in range(10)]
+    found = calibration_report(soft, probs=probs, intervals=False)
+    each = [calibration_report(raters[:, r], probs=probs, intervals=False) for r in range(10)]
     for key in ("accuracy", "nll", "brier", "signed_gap"):
         assert found[key] == pytest.approx(np.mean([e[key] for e in each]), abs=1e-12)
     assert found["brier_decomposition"]["brier"] == pytest.approx(
@@ -460,7 +462,7 @@ def test_routing_groups_and_table_report():
         "expert_weights": rng.dirichlet([1, 1], 200),
     }
     assert list(table_report(table)["groups"]) == ["a", "b"]
-    found = table_report(table, routing=["routing_entropy", "dominant_expert"], bootstrap=0)["groups"]
+    found = table_report(table, routing=["routing_entropy", "dominant_expert"], intervals=False)["groups"]
     assert [g["n"] for name, g in found.items() if name.startswith("routing_entropy=")] == [50] * 4
     assert sum(g["n"] for name, g in found.items() if name.startswith("dominant_expert=")) == 200
     assert {"group=a", "group=b"} <= set(found)
@@ -483,7 +485,7 @@ def test_agrees_with_scikit_learn():
     from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
     probs, labels = draw(500)
-    found = calibration_report(labels, probs=probs, bootstrap=0)
+    found = calibration_report(labels, probs=probs, intervals=False)
     assert found["nll"] == pytest.approx(log_loss(labels, probs), abs=1e-12)
     correct = probs.argmax(1) == labels
     assert found["auroc"] == pytest.approx(roc_auc_score(correct, probs.max(1)), abs=1e-12)
@@ -497,7 +499,7 @@ def test_agrees_with_torchmetrics(norm, key):
     theirs = functional.multiclass_calibration_error(
         torch.from_numpy(probs), torch.from_numpy(labels), num_classes=3, n_bins=15, norm=norm
     )
-    assert calibration_report(labels, probs=probs, bootstrap=0)[key] == pytest.approx(float(theirs), abs=1e-6)
+    assert calibration_report(labels, probs=probs, intervals=False)[key] == pytest.approx(float(theirs), abs=1e-6)
 
 
 def test_agrees_with_netcal():

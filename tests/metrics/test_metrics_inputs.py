@@ -13,6 +13,7 @@ from hf_moecal.metrics import (
     expected_calibration_error,
     metric_path,
     reliability_bins,
+    renormalized_table,
     routing_groups,
     table_report,
 )
@@ -44,7 +45,10 @@ BAD = {
     "empty confidence": ({"confidence": [], "correct": []}, "confidence is empty"),
     "NaN": ({"labels": L, "probs": [[NAN, 0.1], [0.2, 0.8]]}, "must sum to 1, but row 0 sums to nan"),
     "infinity": ({"labels": L, "probs": [[0.9, 0.1], [INF, 0.8]]}, "must sum to 1, but row 1 sums to inf"),
-    "rows not summing to one": ({"labels": L, "probs": [[0.9, 0.1], [0.2, 0.7]]}, "row 1 sums to 0.9; if these are"),
+    "rows not summing to one": (
+        {"labels": L, "probs": [[0.9, 0.1], [0.2, 0.7]]},
+        "row 1 sums to 0.9; if these .*renormalize=True",
+    ),
     "logits as probs": (
         {"labels": L, "probs": [[2.0, -1.0], [3.0, -2.0]]},
         "must lie in .*; if .* pass them as logits",
@@ -60,8 +64,8 @@ BAD = {
     "negative confidence": ({"confidence": [0.5, -0.1], "correct": [1, 0]}, "row 1 holds -0.1"),
     "NaN confidence": ({"confidence": [NAN, 0.1], "correct": [1, 0]}, "row 0 holds nan"),
     "infinite confidence": ({"confidence": [0.3, INF], "correct": [1, 0]}, "row 1 holds inf"),
-    "NaN logits": ({"labels": L, "logits": [[NAN, 1], [0, 1]]}, "logits must be finite, but row 0"),
-    "infinite logits": ({"labels": L, "logits": [[0, 1], [-INF, 1]]}, "logits must be finite, but row 1"),
+    "NaN logits": ({"labels": L, "logits": [[NAN, 1], [0, 1]]}, "logits must be finite, or -inf .* but row 0"),
+    "infinite logits": ({"labels": L, "logits": [[0, 1], [INF, 1]]}, "logits must be finite, or -inf .* but row 1"),
     "labels out of range": (
         {"labels": [0, 2], "probs": P},
         r"labels must be in 0..1 \(-100 means no label\).* row 1 is 2",
@@ -164,6 +168,91 @@ def test_a_single_bad_row_in_a_long_matrix_is_found(row, dtype):
         expected_calibration_error(np.zeros(5000, int), probs=probs)
     with pytest.raises(ValueError, match="row 4321"):
         calibration_report(np.zeros(5000, int), probs=probs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [2, 3, 1000])
+def test_the_precision_that_came_in_says_how_far_a_sum_may_be_off(dtype, classes):
+    logits = 3 * torch.randn(300, classes, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(300, dtype=torch.long)
+    exact = calibration_report(labels, logits=logits, intervals=False)
+    probs = logits.to(dtype).softmax(-1)
+    assert (probs.double().sum(-1) - 1).abs().max() > 1e-4
+    step = 2 * torch.finfo(dtype).eps
+    for given in (
+        probs,
+        probs.float(),
+        probs.double(),
+        probs.float().numpy(),
+        probs.tolist(),
+    ):
+        found = calibration_report(labels, probs=given, intervals=False)
+        assert expected_calibration_error(labels, probs=given) == pytest.approx(found["ece"], abs=1e-6)
+        assert found["confidence"] == pytest.approx(exact["confidence"], abs=step)
+    spoiled = probs.clone()
+    spoiled[7, 0] += 0.25
+    with pytest.raises(ValueError, match="row 7 sums to 1.2"):
+        calibration_report(labels, probs=spoiled)
+    raters = probs.float().numpy()
+    assert calibration_report(raters, probs=probs, intervals=False)["n"] == 300
+
+
+def test_a_value_of_low_precision_may_round_above_one():
+    above = torch.tensor([1.0078125, 0.5], dtype=torch.bfloat16)
+    assert calibration_report(confidence=above, correct=[1, 1], intervals=False)["confidence"] == 0.75
+    with pytest.raises(ValueError, match="row 0 holds 1.0079"):
+        calibration_report(confidence=[1.0079, 0.5], correct=[1, 1])
+
+
+@pytest.mark.parametrize("decimals, classes", [(2, 3), (3, 20), (4, 1000)])
+def test_rounded_probabilities_are_renormalized_when_asked(decimals, classes):
+    rng = np.random.default_rng(0)
+    exact = rng.dirichlet(np.full(classes, 0.3), 200)
+    probs, labels = exact.round(decimals), rng.integers(0, classes, 200)
+    with pytest.raises(ValueError, match=r"renormalize=True \(--renormalize\)"):
+        calibration_report(labels, probs=probs)
+    rows = probs / probs.sum(1, keepdims=True)
+    for mode in ("top_label", "classwise"):
+        found = calibration_report(labels, probs=probs, renormalize=True, mode=mode, intervals=False)
+        plain = calibration_report(labels, probs=rows, mode=mode, intervals=False)
+        assert {k: found[k] for k in ("ece", "nll", "brier")} == {k: plain[k] for k in ("ece", "nll", "brier")}
+    table = renormalized_table({"label": labels, "probs": probs, "id": np.arange(200)})
+    np.testing.assert_allclose(table["probs"], rows, rtol=0, atol=1e-15)
+    assert expected_calibration_error(labels, probs=probs, renormalize=True) == pytest.approx(
+        table_report(table, intervals=False)["ece"], abs=1e-12
+    )
+    from datasets import Dataset
+
+    stored = renormalized_table(Dataset.from_dict({"label": labels, "probs": probs.tolist()}))
+    np.testing.assert_allclose(stored["probs"][:], rows, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ([2.0, 1.0], "rounding does not explain that"),
+        ([0.5, 0.4], "may be off 1 by 0.02"),
+        ([1.2, -0.2], "must lie in"),
+        ([NAN, 0.5], "holds nan"),
+    ],
+)
+def test_renormalizing_never_turns_scores_into_probabilities(row, message):
+    for call in (calibration_report, expected_calibration_error):
+        with pytest.raises(ValueError, match=message) as error:
+            call(L, probs=[[0.5, 0.5], row], renormalize=True)
+        assert "row 1" in str(error.value)
+
+
+def test_excluded_classes_have_a_logit_of_minus_infinity():
+    logits = np.array([[1.0, -INF, 0.5], [-INF, 0.0, -INF]])
+    finite = np.where(np.isfinite(logits), logits, -1e30)
+    for mode in ("top_label", "classwise"):
+        found = calibration_report([0, 1], logits=logits, mode=mode, ranked=False)
+        assert found == calibration_report([0, 1], logits=finite, mode=mode, ranked=False)
+    assert calibration_report([1, 1], logits=logits, intervals=False)["nll"] == INF
+    for row, message in (([-INF] * 3, "only -inf"), ([INF, 0.0, 0.0], r"NaN or \+inf"), ([NAN, 0.0, 0.0], "NaN")):
+        with pytest.raises(ValueError, match=f"row 1 holds {message}"):
+            calibration_report([0, 1], logits=[[0.0, 0.0, 0.0], row])
 
 
 def test_a_batch_that_raises_leaves_no_trace():

@@ -51,7 +51,7 @@ def test_answers_are_those_of_a_plain_loop(end):
     assert table["label"][:] == [int(r) for r in right]
     if end == "frequent":
         assert len(set(table["finished"])) == 2
-    report = table_report(table, bootstrap=0)
+    report = table_report(table, intervals=False)
     assert report["accuracy"] == pytest.approx(3 / 8)
     assert report["signed_gap"] == pytest.approx(sum(p for _, p in expected) / 8 - 3 / 8)
     assert set(report["groups"]) == {"quiz"} and len(table["routing_entropy"]) == 8

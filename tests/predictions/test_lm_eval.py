@@ -46,7 +46,7 @@ def test_a_task_becomes_a_table(tmp_path):
     weights = [math.exp(s) for s in (-1.0, -2.0, -3.0)]
     np.testing.assert_allclose(table["probs"][0], np.array(weights) / sum(weights), rtol=1e-12)
     assert table["probs"][2][2] == 0.0 and table["confidence"][2] == pytest.approx(1 / (1 + math.exp(-7)))
-    report = table_report(table, bootstrap=0)
+    report = table_report(table, intervals=False)
     assert report["accuracy"] == pytest.approx(1 / 3) and report["n"] == 3
     nll = [-math.log(table["probs"][i][label]) for i, label in enumerate([0, 2, 1])]
     assert report["nll"] == pytest.approx(np.mean(nll), abs=1e-12)

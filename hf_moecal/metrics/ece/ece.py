@@ -6,6 +6,7 @@ import datasets
 import evaluate
 
 from hf_moecal.metrics import CalibrationAccumulator
+from hf_moecal.metrics.iteration import abandoned, current_iteration
 from hf_moecal.metrics.state import from_bytes, to_bytes
 
 
@@ -21,9 +22,11 @@ Args:
     references: class of each example (-100: none, ignored and counted), or for each class the fraction of raters.
     groups: name of each example's group, or a dict of such columns.
     from_logits (bool): predictions are scores before the softmax. They are never guessed to be.
+    renormalize (bool): divide each row by its sum, for probabilities that were written with few decimals.
     mode (str): "top_label" (default), "classwise" or "positive_class"; also load(..., config_name=mode).
-    bins (int), strategy ("equal_width" or "equal_mass"), bootstrap (int), seed (int), ranked (bool),
-    group_names, intersections (bool): as in hf_moecal.metrics.calibration_report.
+    sample_weight: how much each example counts, one number each.
+    bins (int), strategy ("equal_width" or "equal_mass"), intervals (bool), ranked (bool), group_names,
+    intersections (bool): as in hf_moecal.metrics.calibration_report.
 Returns:
     dict: "ece" first, then the further keys of hf_moecal.metrics.calibration_report.
 Examples:
@@ -45,7 +48,7 @@ _CITATION = """
 
 _MODES = ("top_label", "classwise", "positive_class")
 _SETUP = ("group_names", "intersections")
-_REPORT = ("bins", "strategy", "bootstrap", "seed", "ranked")
+_REPORT = ("bins", "strategy", "intervals", "ranked")
 _STATE = datasets.Features({"state": datasets.Value("large_binary")})
 
 
@@ -64,7 +67,7 @@ class ECE(evaluate.Metric):
         unknown = sorted(set(kwargs) - set(inspect.signature(evaluate.EvaluationModule.__init__).parameters))
         if unknown:
             raise ValueError(f"load() got an unknown keyword {unknown[0]!r}; give options of the metric to compute().")
-        self._pending = None
+        self._pending = self._iteration = None
         super().__init__(config_name=config_name, **kwargs)
 
     def _info(self):
@@ -94,6 +97,8 @@ class ECE(evaluate.Metric):
         reference=None,
         group=None,
         from_logits=False,
+        renormalize=False,
+        sample_weight=None,
         mode=None,
         predictions=None,
         references=None,
@@ -106,6 +111,8 @@ class ECE(evaluate.Metric):
             reference: its class.
             group: its group.
             from_logits: the prediction is scores before the softmax.
+            renormalize: divide it by its sum.
+            sample_weight: how much it counts.
             mode: see below.
             predictions: what `evaluate.combine` calls `prediction`.
             references: what `evaluate.combine` calls `reference`.
@@ -115,10 +122,27 @@ class ECE(evaluate.Metric):
         reference = references if reference is None else reference
         groups = None if group is None else [group]
         self.add_batch(
-            predictions=_one(prediction), references=_one(reference), groups=groups, from_logits=from_logits, mode=mode
+            predictions=_one(prediction),
+            references=_one(reference),
+            groups=groups,
+            from_logits=from_logits,
+            renormalize=renormalize,
+            sample_weight=_one(sample_weight),
+            mode=mode,
         )
 
-    def add_batch(self, *, predictions=None, references=None, groups=None, from_logits=False, mode=None, **kwargs):
+    def add_batch(
+        self,
+        *,
+        predictions=None,
+        references=None,
+        groups=None,
+        from_logits=False,
+        renormalize=False,
+        sample_weight=None,
+        mode=None,
+        **kwargs,
+    ):
         """Adds a batch of examples.
 
         Args:
@@ -126,15 +150,36 @@ class ECE(evaluate.Metric):
             references: class of each example.
             groups: group of each example, or a dict of group columns.
             from_logits: predictions are scores before the softmax.
+            renormalize: divide each row by its sum.
+            sample_weight: how much each example counts.
             mode: see below; one mode for all batches.
         """
         _refuse(kwargs, "add_batch")
-        batch = self._reduce(predictions, references, groups, from_logits, mode)
+        if abandoned(self._iteration, current_iteration()):
+            self.reset()
+        self._iteration = current_iteration()
+        batch = self._reduce(predictions, references, groups, mode, from_logits, renormalize, sample_weight)
         self._pending = batch if self._pending is None else _merged(self._pending, batch)
         if self.num_process > 1 and self.writer is None:
             self._meet()
 
-    def compute(self, *, predictions=None, references=None, groups=None, from_logits=False, mode=None, **kwargs):
+    def reset(self):
+        """Forgets what was added. Needed only after a loop that was interrupted; one over a dataloader that accelerate
+        prepared is noticed without it."""
+        self._pending = None
+
+    def compute(
+        self,
+        *,
+        predictions=None,
+        references=None,
+        groups=None,
+        from_logits=False,
+        renormalize=False,
+        sample_weight=None,
+        mode=None,
+        **kwargs,
+    ):
         """Computes every figure on what was added, and forgets it. If it raises, what was added before is kept.
 
         Args:
@@ -142,16 +187,20 @@ class ECE(evaluate.Metric):
             references: class of each example.
             groups: group of each example, or a dict of group columns.
             from_logits: predictions are scores before the softmax.
+            renormalize: divide each row by its sum.
+            sample_weight: how much each example counts.
             mode: see below.
         """
         _refuse({name: kwargs[name] for name in kwargs if name not in _REPORT + _SETUP}, "compute")
         setup = {name: kwargs.pop(name) for name in _SETUP if name in kwargs}
         collected = self._pending
         if predictions is not None or references is not None:
-            batch = self._reduce(predictions, references, groups, from_logits, mode)
+            batch = self._reduce(predictions, references, groups, mode, from_logits, renormalize, sample_weight)
             collected = batch if collected is None else _merged(collected, batch)
-        elif from_logits or groups is not None:
-            raise ValueError("groups and from_logits describe predictions; give them to add_batch.")
+        elif from_logits or renormalize or groups is not None or sample_weight is not None:
+            raise ValueError(
+                "groups, from_logits, renormalize and sample_weight describe predictions; give them to add_batch."
+            )
         elif collected is not None:
             self._check_mode(collected, mode)
         if self.num_process > 1:
@@ -162,7 +211,7 @@ class ECE(evaluate.Metric):
         self._pending = None
         return found
 
-    def _reduce(self, predictions, references, groups, from_logits, mode):
+    def _reduce(self, predictions, references, groups, mode, from_logits, renormalize, sample_weight):
         if predictions is None or references is None:
             missing = "predictions" if predictions is None else "references"
             raise ValueError(f"{missing} are missing; calibration compares predictions with references.")
@@ -171,7 +220,8 @@ class ECE(evaluate.Metric):
         batch = CalibrationAccumulator(mode=mode or self._mode or "top_label")
         if self._pending is not None:
             self._check_mode(self._pending, batch.mode)
-        batch.add(references, groups=groups, **{"logits" if from_logits else "probs": predictions})
+        given = {"logits" if from_logits else "probs": predictions}
+        batch.add(references, groups=groups, renormalize=renormalize, sample_weight=sample_weight, **given)
         return batch
 
     def _check_mode(self, collected, mode):
