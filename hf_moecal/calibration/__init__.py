@@ -67,4 +67,6 @@ def from_record(record: CalibrationRecord) -> Calibrator:
         )
     if record.method not in METHODS:
         raise ValueError(f"Unknown calibration method {record.method!r}; known are {', '.join(sorted(METHODS))}.")
-    return METHODS[record.method].from_parameters(record.parameters)
+    calibrator = METHODS[record.method].from_parameters(record.parameters)
+    calibrator.scoring = record.scoring
+    return calibrator

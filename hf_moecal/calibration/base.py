@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,7 +13,7 @@ import numpy as np
 
 from hf_moecal.calibration.record import CalibrationRecord, read_record, write_record
 from hf_moecal.metrics.inputs import check_row_sums
-from hf_moecal.table import IGNORED_LABEL, columns, names
+from hf_moecal.table import IGNORED_LABEL, SCORINGS, columns, names
 
 
 if TYPE_CHECKING:
@@ -22,7 +23,28 @@ if TYPE_CHECKING:
     Table = Dataset | Mapping[str, Any]
 
 TABLE_CALIBRATOR = "moecal_table_calibrator"
-"""Attribute under which a loaded model carries a calibrator that needs the routing: `predict` applies it."""
+"""Attribute under which a loaded model carries its calibrator, which `predict` applies to the table."""
+
+TOKEN_SCORING = "label_word"
+"""The one way of scoring options in which a temperature of their scores is one of the model's own logits."""
+
+_LEFT_TO_TABLE = "_moecal_left_to_table"
+
+
+@contextmanager
+def left_to_table(model: Any) -> Iterator[Calibrator | None]:
+    """Within the block a loaded model gives its own logits, for a table to which its calibrator is then applied."""
+    setattr(model, _LEFT_TO_TABLE, True)
+    try:
+        yield getattr(model, TABLE_CALIBRATOR, None)
+    finally:
+        delattr(model, _LEFT_TO_TABLE)
+
+
+def is_left_to_table(model: Any) -> bool:
+    """Whether a forward now is inside [`left_to_table`]."""
+    return getattr(model, _LEFT_TO_TABLE, False)
+
 
 _SMALLEST = np.finfo(np.float32).tiny  # a probability of zero in a float32 log is at most this
 
@@ -113,6 +135,9 @@ class Calibrator:
 
     fitted: bool = False
 
+    scoring: str | None = None
+    """How the options were scored that it was fitted on; `None` for the model's own logits (classes, tokens)."""
+
     def fit(self, table: Table, *, training_ids: Collection[str] | None = None) -> Self:
         """Fits on the labelled rows of a predictions table; rows with label -100 are ignored.
 
@@ -127,7 +152,7 @@ class Calibrator:
         """
         refuse_training_rows(table, training_ids)
         rows = Rows(table, labelled=True)
-        self.warnings = ()
+        self.warnings, self.scoring = (), scoring_of(table)
         self._fit(rows)
         self.fitted = True
         for sentence in self.warnings:
@@ -139,8 +164,12 @@ class Calibrator:
 
         `logits` too stay the model's own (a table that has only `probs` gets their logarithms), so that applying
         twice gives what applying once gives.
+
+        Raises:
+            ValueError: it is not fitted, or the table's options are scored in another way than those of the fit.
         """
         self.require_fitted()
+        self.check_scoring(scoring_of(table))
         rows = Rows(table, labelled=False)
         probs = np.exp(self._log_probs(rows))
         fresh = {} if "logits" in names(table) else {"logits": rows.logits}
@@ -149,7 +178,8 @@ class Calibrator:
     def save(self, path: str | Path) -> Path:
         """Writes the method and its parameters as `calibration.json` (JSON only) and returns the file's path."""
         self.require_fitted()
-        return write_record(path, CalibrationRecord(method=self.method, parameters=self.parameters()))
+        record = CalibrationRecord(method=self.method, parameters=self.parameters(), scoring=self.scoring)
+        return write_record(path, record)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -169,6 +199,15 @@ class Calibrator:
         if not self.fitted:
             raise ValueError(f"This {type(self).__name__} has no parameters yet: call fit(table) or load(path).")
 
+    def check_scoring(self, scoring: str | None) -> None:
+        """Raises when options are scored in another way than those that it was fitted on, as far as both are known."""
+        if None not in (scoring, self.scoring) and scoring != self.scoring and self.method != "none":
+            raise ValueError(
+                f"This calibration was fitted on options scored by {self.scoring!r}, and these are scored by "
+                f"{scoring!r}: other numbers, which need a calibration of their own. Predict with "
+                f"scoring={self.scoring!r}, or fit again."
+            )
+
     def parameters(self) -> dict[str, Any]:
         """The fitted parameters as JSON values."""
         raise NotImplementedError
@@ -186,6 +225,22 @@ class Calibrator:
 
     def _warn(self, sentence: str) -> None:
         self.warnings = (*self.warnings, sentence)
+
+
+def scoring_of(table: Table) -> str | None:
+    """How the answer options of a table are scored, where its column `scoring` says so.
+
+    Raises:
+        ValueError: several ways are mixed.
+    """
+    found = set(columns(table, "scoring")["scoring"].tolist()) if "scoring" in names(table) else set()
+    if not found & set(SCORINGS):
+        return None  # a column of the user's own
+    if len(found) > 1:
+        raise ValueError(
+            f"The table mixes options scored by {', '.join(sorted(map(str, found)))}; calibrate one scoring at a time."
+        )
+    return found.pop()
 
 
 def refuse_training_rows(table: Table, training_ids: Collection[str] | None) -> None:

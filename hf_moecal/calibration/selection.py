@@ -178,7 +178,7 @@ def _labelled(table: Table, reads: Collection[str]) -> dict[str, np.ndarray]:
     if not keep.any():
         Rows(table, labelled=True)  # raises with the reason
     scores = "logits" if "logits" in names(table) else "probs"
-    wanted = ["label", scores, *(name for name in {"group", *reads} if name in names(table))]
+    wanted = ["label", scores, *(name for name in {"group", "scoring", *reads} if name in names(table))]
     return {name: column[keep] for name, column in columns(table, *wanted).items()}
 
 

@@ -55,7 +55,7 @@ import yaml
 
 from ..table import FILE_KINDS
 from ..tasks import TASKS
-from ..tasks.choice import SCORINGS
+from ..table import SCORINGS
 from ..training.arguments import MoECalArguments
 
 
