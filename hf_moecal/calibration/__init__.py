@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_moecal.calibration.base import Calibrator
-from hf_moecal.calibration.classwise import IsotonicCalibrator, PlattCalibrator, VectorCalibrator
+from hf_moecal.calibration.classwise import IsotonicCalibrator, MatrixCalibrator, PlattCalibrator, VectorCalibrator
 from hf_moecal.calibration.record import CalibrationRecord, read_record, write_record
 from hf_moecal.calibration.routed import (
     GroupedTemperatureCalibrator,
@@ -14,6 +14,7 @@ from hf_moecal.calibration.temperature import (
     ConservativeTemperatureCalibrator,
     IdentityCalibrator,
     RobustTemperatureCalibrator,
+    ShrunkTemperatureCalibrator,
     TemperatureCalibrator,
 )
 
@@ -26,10 +27,12 @@ __all__ = [
     "IdentityCalibrator",
     "IsotonicCalibrator",
     "METHODS",
+    "MatrixCalibrator",
     "PerExpertTemperatureCalibrator",
     "PlattCalibrator",
     "RobustTemperatureCalibrator",
     "RoutingTemperatureCalibrator",
+    "ShrunkTemperatureCalibrator",
     "TemperatureCalibrator",
     "VectorCalibrator",
     "from_record",
@@ -41,6 +44,7 @@ METHODS: dict[str, type[Calibrator]] = {
     kind.method: kind
     for kind in (  # simplest first: the order in which a tie is broken
         IdentityCalibrator,
+        ShrunkTemperatureCalibrator,
         TemperatureCalibrator,
         ConservativeTemperatureCalibrator,
         RobustTemperatureCalibrator,
@@ -49,6 +53,7 @@ METHODS: dict[str, type[Calibrator]] = {
         RoutingTemperatureCalibrator,
         PlattCalibrator,
         VectorCalibrator,
+        MatrixCalibrator,
         IsotonicCalibrator,
     )
 }

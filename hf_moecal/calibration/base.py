@@ -5,15 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from hf_moecal.calibration.record import CalibrationRecord, read_record, write_record
-from hf_moecal.metrics.inputs import check_row_sums
-from hf_moecal.table import IGNORED_LABEL, SCORINGS, columns, names
+from hf_moecal.calibration.rows import Rows, scoring_of
+from hf_moecal.table import columns, names
 
 
 if TYPE_CHECKING:
@@ -46,84 +45,14 @@ def is_left_to_table(model: Any) -> bool:
     return getattr(model, _LEFT_TO_TABLE, False)
 
 
-_SMALLEST = np.finfo(np.float32).tiny  # a probability of zero in a float32 log is at most this
-
-
-class Rows:
-    """The labelled rows of a predictions table, columns read when they are asked for."""
-
-    def __init__(self, table: Table, *, labelled: bool) -> None:
-        self.table = table
-        self.keep: np.ndarray | slice = slice(None)
-        if labelled:
-            labels = _labels(table)
-            self.keep = labels != IGNORED_LABEL
-            self.labels = labels[self.keep]
-            if not len(self.labels):
-                raise ValueError(
-                    f"The predictions table has no labelled row (all of its {len(labels)} labels are "
-                    f"{IGNORED_LABEL}); a calibrator is fitted on rows with a 'label'."
-                )
-            self._check_range()
-
-    def __len__(self) -> int:
-        return len(self.logits)
-
-    def column(self, name: str) -> np.ndarray:
-        """A column of these rows."""
-        return columns(self.table, name)[name][self.keep]
-
-    @cached_property
-    def logits(self) -> np.ndarray:
-        """Scores before softmax `[n, C]`: the column `logits`, else the logarithm of `probs`."""
-        return read_logits(self.table)[self.keep]
-
-    def _check_range(self) -> None:
-        classes = self.logits.shape[1]
-        wrong = self.labels[(self.labels < 0) | (self.labels >= classes)]
-        if len(wrong):
-            raise ValueError(
-                f"Label {wrong[0]} is out of range: the table has {classes} classes, so labels are 0 to "
-                f"{classes - 1}, or {IGNORED_LABEL} for a row without one."
-            )
-
-
-def read_logits(table: Table) -> np.ndarray:
-    """`logits [n, C]` of a table, or `log(probs)` where it has only those.
-
-    Raises:
-        ValueError: neither column is there, a value is not finite, or probabilities do not sum to one.
-    """
-    name = "logits" if "logits" in names(table) else "probs"
-    values = columns(table, name)[name]
-    if values.ndim != 2 or values.shape[1] < 2 or values.dtype.kind not in "fiu":
-        raise ValueError(
-            f"Column {name!r} must hold one number per class, [n, C] with C >= 2; got shape {values.shape} of "
-            f"{values.dtype}. For a binary score p give [1 - p, p]."
-        )
-    if not np.isfinite(values).all():
-        row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
-        raise ValueError(f"Column {name!r} has a value that is not finite in row {row}; drop or repair that row.")
-    if name == "logits":
-        return values
-    if (values < 0).any():
-        raise ValueError("Column 'probs' has negative values; if these are scores before softmax, name it 'logits'.")
-    check_row_sums(name, values.sum(axis=1, dtype=np.float64), values.dtype.itemsize)
-    return np.log(np.maximum(values, _SMALLEST, dtype=np.float64))
-
-
-def _labels(table: Table) -> np.ndarray:
-    labels = columns(table, "label")["label"]
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise ValueError(f"Column 'label' must hold one class number per row; got {labels.dtype} {labels.shape}.")
-    return labels.astype(np.int64)
-
-
 class Calibrator:
     """Turns a model's probabilities into better ones, fitted on a predictions table; the model is not touched.
 
     A subclass says its `method`, fits itself in `_fit(rows)`, gives log-probabilities in `_log_probs(rows)`, and
     reads and writes its `parameters` as JSON values.
+
+    Rows may have a weight, in a column `sample_weight` (such as importance weights before a shift): a row of weight 2
+    counts as two rows, except in errors and intervals, for which it is one.
     """
 
     method: ClassVar[str]
@@ -151,13 +80,33 @@ class Calibrator:
             ValueError: the table does not fit the method, or holds rows that the model was trained on.
         """
         refuse_training_rows(table, training_ids)
-        rows = Rows(table, labelled=True)
-        self.warnings, self.scoring = (), scoring_of(table)
-        self._fit(rows)
-        self.fitted = True
+        self.fit_rows(Rows(table, labelled=True))
         for sentence in self.warnings:
             warnings.warn(sentence, stacklevel=2)
         return self
+
+    def fit_rows(self, rows: Rows) -> Self:
+        """Fits on rows that are read and checked already; what it has to say stays in `warnings`."""
+        self.warnings, self.scoring = (), scoring_of(rows.table)
+        if misfit := self.misfit(rows):
+            self._warn(misfit)
+        if rows.labels_on_zero:
+            self._warn(
+                f"{rows.labels_on_zero} of {len(rows)} labels have a probability of zero, as rounding makes it; zeros "
+                "are taken as half the smallest probability of the table. Fit on logits, or on unrounded probabilities."
+            )
+        self._fit(rows)
+        self.fitted = True
+        return self
+
+    def misfit(self, rows: Rows) -> str | None:
+        """Why the rows do not bear the method, if they do not: then `"auto"` does not choose it."""
+        return None
+
+    def log_probs(self, rows: Rows) -> np.ndarray:
+        """Calibrated log-probabilities `[n, C]`."""
+        self.require_fitted()
+        return self._log_probs(rows)
 
     def apply(self, table: Table) -> Table:
         """The same table with calibrated `probs`, `prediction` and `confidence`; other columns are kept as they are.
@@ -225,22 +174,6 @@ class Calibrator:
 
     def _warn(self, sentence: str) -> None:
         self.warnings = (*self.warnings, sentence)
-
-
-def scoring_of(table: Table) -> str | None:
-    """How the answer options of a table are scored, where its column `scoring` says so.
-
-    Raises:
-        ValueError: several ways are mixed.
-    """
-    found = set(columns(table, "scoring")["scoring"].tolist()) if "scoring" in names(table) else set()
-    if not found & set(SCORINGS):
-        return None  # a column of the user's own
-    if len(found) > 1:
-        raise ValueError(
-            f"The table mixes options scored by {', '.join(sorted(map(str, found)))}; calibrate one scoring at a time."
-        )
-    return found.pop()
 
 
 def refuse_training_rows(table: Table, training_ids: Collection[str] | None) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..calibration import CalibrationRecord, Calibrator, from_record, read_record, write_record
-from ..calibration.base import TABLE_CALIBRATOR, TOKEN_SCORING, Rows, is_left_to_table, scoring_of
+from ..calibration.base import TABLE_CALIBRATOR, TOKEN_SCORING, is_left_to_table
 from ..calibration.record import FILE_NAME, MAX_BYTES
+from ..calibration.rows import Rows, scoring_of
 from ..calibration.selection import AUTO, CalibrationResult, calibrate_table
 from ..calibration.temperature import IdentityCalibrator, TemperatureCalibrator
 from ..model.loading import HUB_ARGUMENTS, language_vocabulary, load_model
@@ -159,8 +160,8 @@ def _check_scores(table: Table, model_dir: Path) -> None:
         )
     if vocabulary is not None and scoring is None and width != vocabulary:
         raise ValueError(
-            f"The table has {width} scores per row and does not say what they are of, and the checkpoint is a language "
-            f"model of {vocabulary} tokens. Add a column 'scoring' with one of {', '.join(map(repr, SCORINGS))} (see "
+            f"The table has {width} scores per row and does not say what they are of, and the checkpoint is a "
+            f"language model of {vocabulary} tokens. Add a column 'scoring' with one of {', '.join(map(repr, SCORINGS))} (see "
             "hf_moecal.table), or make the table with hf_moecal.predict."
         )
 

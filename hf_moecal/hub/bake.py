@@ -126,9 +126,9 @@ def _bakeable(model_dir: Path):
         )
     if record.scoring not in (None, TOKEN_SCORING):
         raise ValueError(
-            f"This temperature was fitted on whole answer options scored by {record.scoring!r}. In the weights it would "
-            "divide the logits of every token, which is another model with other answers. Keep calibration.json beside "
-            "the weights: hf_moecal.predict applies it to the options' scores."
+            f"This temperature was fitted on whole answer options scored by {record.scoring!r}. In the weights it "
+            "would divide the logits of every token, which is another model with other answers. Keep calibration.json "
+            "beside the weights: hf_moecal.predict applies it to the options' scores."
         )
     if (model_dir / ADAPTER_CONFIG).exists():
         raise ValueError(
