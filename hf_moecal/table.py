@@ -20,6 +20,8 @@ One row per example. A producer fills the columns that it has; a consumer asks f
 | `expert_ids` | int [k] | selected experts, in the router's order |
 | `expert_weights` | float [k] | their routing weights w_k |
 | `expert_logits` | float [k, C] | what each would have predicted alone |
+| `scoring` | str | of answer options: what `logits` are, one of [`SCORINGS`], the same in all rows |
+| `readout` | str | what predicts, where that is a mixture or a committee, the same in all rows |
 
 Of answer options (C of them; those that a row lacks have probability zero) `disagreement` and the other figures of the
 routing are over the options where these are single label words. Whole options have many tokens: theirs are means over
@@ -76,6 +78,9 @@ COLUMNS = (
     "expert_weights",
     "expert_logits",
 )
+SCORINGS = ("per_token", "total", "per_byte", "label_word")
+"""How answer options are scored: by mean or total log-likelihood, that per byte, or by the logit of one word."""
+
 IGNORED_LABEL = -100
 ABSENT_LOGIT = -1e30  # of a class that a row does not have: its probability is exactly zero
 FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}

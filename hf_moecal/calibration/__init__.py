@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_moecal.calibration.base import Calibrator
-from hf_moecal.calibration.classwise import IsotonicCalibrator, PlattCalibrator, VectorCalibrator
+from hf_moecal.calibration.classwise import IsotonicCalibrator, MatrixCalibrator, PlattCalibrator, VectorCalibrator
 from hf_moecal.calibration.record import CalibrationRecord, read_record, write_record
 from hf_moecal.calibration.routed import (
     GroupedTemperatureCalibrator,
@@ -14,6 +14,7 @@ from hf_moecal.calibration.temperature import (
     ConservativeTemperatureCalibrator,
     IdentityCalibrator,
     RobustTemperatureCalibrator,
+    ShrunkTemperatureCalibrator,
     TemperatureCalibrator,
 )
 
@@ -26,10 +27,12 @@ __all__ = [
     "IdentityCalibrator",
     "IsotonicCalibrator",
     "METHODS",
+    "MatrixCalibrator",
     "PerExpertTemperatureCalibrator",
     "PlattCalibrator",
     "RobustTemperatureCalibrator",
     "RoutingTemperatureCalibrator",
+    "ShrunkTemperatureCalibrator",
     "TemperatureCalibrator",
     "VectorCalibrator",
     "from_record",
@@ -41,6 +44,7 @@ METHODS: dict[str, type[Calibrator]] = {
     kind.method: kind
     for kind in (  # simplest first: the order in which a tie is broken
         IdentityCalibrator,
+        ShrunkTemperatureCalibrator,
         TemperatureCalibrator,
         ConservativeTemperatureCalibrator,
         RobustTemperatureCalibrator,
@@ -49,6 +53,7 @@ METHODS: dict[str, type[Calibrator]] = {
         RoutingTemperatureCalibrator,
         PlattCalibrator,
         VectorCalibrator,
+        MatrixCalibrator,
         IsotonicCalibrator,
     )
 }
@@ -67,4 +72,6 @@ def from_record(record: CalibrationRecord) -> Calibrator:
         )
     if record.method not in METHODS:
         raise ValueError(f"Unknown calibration method {record.method!r}; known are {', '.join(sorted(METHODS))}.")
-    return METHODS[record.method].from_parameters(record.parameters)
+    calibrator = METHODS[record.method].from_parameters(record.parameters)
+    calibrator.scoring = record.scoring
+    return calibrator

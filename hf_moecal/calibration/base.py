@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
-from functools import cached_property
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from hf_moecal.calibration.record import CalibrationRecord, read_record, write_record
-from hf_moecal.metrics.rounding import check_row_sums
-from hf_moecal.table import IGNORED_LABEL, columns, names
+from hf_moecal.calibration.rows import Rows, scoring_of
+from hf_moecal.table import columns, names
 
 
 if TYPE_CHECKING:
@@ -22,79 +22,27 @@ if TYPE_CHECKING:
     Table = Dataset | Mapping[str, Any]
 
 TABLE_CALIBRATOR = "moecal_table_calibrator"
-"""Attribute under which a loaded model carries a calibrator that needs the routing: `predict` applies it."""
+"""Attribute under which a loaded model carries its calibrator, which `predict` applies to the table."""
 
-_SMALLEST = np.finfo(np.float32).tiny  # a probability of zero in a float32 log is at most this
+TOKEN_SCORING = "label_word"
+"""The one way of scoring options in which a temperature of their scores is one of the model's own logits."""
 
-
-class Rows:
-    """The labelled rows of a predictions table, columns read when they are asked for."""
-
-    def __init__(self, table: Table, *, labelled: bool) -> None:
-        self.table = table
-        self.keep: np.ndarray | slice = slice(None)
-        if labelled:
-            labels = _labels(table)
-            self.keep = labels != IGNORED_LABEL
-            self.labels = labels[self.keep]
-            if not len(self.labels):
-                raise ValueError(
-                    f"The predictions table has no labelled row (all of its {len(labels)} labels are "
-                    f"{IGNORED_LABEL}); a calibrator is fitted on rows with a 'label'."
-                )
-            self._check_range()
-
-    def __len__(self) -> int:
-        return len(self.logits)
-
-    def column(self, name: str) -> np.ndarray:
-        """A column of these rows."""
-        return columns(self.table, name)[name][self.keep]
-
-    @cached_property
-    def logits(self) -> np.ndarray:
-        """Scores before softmax `[n, C]`: the column `logits`, else the logarithm of `probs`."""
-        return read_logits(self.table)[self.keep]
-
-    def _check_range(self) -> None:
-        classes = self.logits.shape[1]
-        wrong = self.labels[(self.labels < 0) | (self.labels >= classes)]
-        if len(wrong):
-            raise ValueError(
-                f"Label {wrong[0]} is out of range: the table has {classes} classes, so labels are 0 to "
-                f"{classes - 1}, or {IGNORED_LABEL} for a row without one."
-            )
+_LEFT_TO_TABLE = "_moecal_left_to_table"
 
 
-def read_logits(table: Table) -> np.ndarray:
-    """`logits [n, C]` of a table, or `log(probs)` where it has only those.
-
-    Raises:
-        ValueError: neither column is there, a value is not finite, or probabilities do not sum to one.
-    """
-    name = "logits" if "logits" in names(table) else "probs"
-    values = columns(table, name)[name]
-    if values.ndim != 2 or values.shape[1] < 2 or values.dtype.kind not in "fiu":
-        raise ValueError(
-            f"Column {name!r} must hold one number per class, [n, C] with C >= 2; got shape {values.shape} of "
-            f"{values.dtype}. For a binary score p give [1 - p, p]."
-        )
-    if not np.isfinite(values).all():
-        row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
-        raise ValueError(f"Column {name!r} has a value that is not finite in row {row}; drop or repair that row.")
-    if name == "logits":
-        return values
-    if (values < 0).any():
-        raise ValueError("Column 'probs' has negative values; if these are scores before softmax, name it 'logits'.")
-    check_row_sums(name, values.sum(axis=1, dtype=np.float64), values)
-    return np.log(np.maximum(values, _SMALLEST, dtype=np.float64))
+@contextmanager
+def left_to_table(model: Any) -> Iterator[Calibrator | None]:
+    """Within the block a loaded model gives its own logits, for a table to which its calibrator is then applied."""
+    setattr(model, _LEFT_TO_TABLE, True)
+    try:
+        yield getattr(model, TABLE_CALIBRATOR, None)
+    finally:
+        delattr(model, _LEFT_TO_TABLE)
 
 
-def _labels(table: Table) -> np.ndarray:
-    labels = columns(table, "label")["label"]
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise ValueError(f"Column 'label' must hold one class number per row; got {labels.dtype} {labels.shape}.")
-    return labels.astype(np.int64)
+def is_left_to_table(model: Any) -> bool:
+    """Whether a forward now is inside [`left_to_table`]."""
+    return getattr(model, _LEFT_TO_TABLE, False)
 
 
 class Calibrator:
@@ -102,6 +50,9 @@ class Calibrator:
 
     A subclass says its `method`, fits itself in `_fit(rows)`, gives log-probabilities in `_log_probs(rows)`, and
     reads and writes its `parameters` as JSON values.
+
+    Rows may have a weight, in a column `sample_weight` (such as importance weights before a shift): a row of weight 2
+    counts as two rows, except in errors and intervals, for which it is one.
     """
 
     method: ClassVar[str]
@@ -112,6 +63,9 @@ class Calibrator:
     """What the last fit had to say, one sentence each."""
 
     fitted: bool = False
+
+    scoring: str | None = None
+    """How the options were scored that it was fitted on; `None` for the model's own logits (classes, tokens)."""
 
     def fit(self, table: Table, *, training_ids: Collection[str] | None = None) -> Self:
         """Fits on the labelled rows of a predictions table; rows with label -100 are ignored.
@@ -126,21 +80,45 @@ class Calibrator:
             ValueError: the table does not fit the method, or holds rows that the model was trained on.
         """
         refuse_training_rows(table, training_ids)
-        rows = Rows(table, labelled=True)
-        self.warnings = ()
-        self._fit(rows)
-        self.fitted = True
+        self.fit_rows(Rows(table, labelled=True))
         for sentence in self.warnings:
             warnings.warn(sentence, stacklevel=2)
         return self
+
+    def fit_rows(self, rows: Rows) -> Self:
+        """Fits on rows that are read and checked already; what it has to say stays in `warnings`."""
+        self.warnings, self.scoring = (), scoring_of(rows.table)
+        if misfit := self.misfit(rows):
+            self._warn(misfit)
+        if rows.labels_on_zero:
+            self._warn(
+                f"{rows.labels_on_zero} of {len(rows)} labels have a probability of zero, as rounding makes it; zeros "
+                "are taken as half the smallest probability of the table. Fit on logits, or on unrounded probabilities."
+            )
+        self._fit(rows)
+        self.fitted = True
+        return self
+
+    def misfit(self, rows: Rows) -> str | None:
+        """Why the rows do not bear the method, if they do not: then `"auto"` does not choose it."""
+        return None
+
+    def log_probs(self, rows: Rows) -> np.ndarray:
+        """Calibrated log-probabilities `[n, C]`."""
+        self.require_fitted()
+        return self._log_probs(rows)
 
     def apply(self, table: Table) -> Table:
         """The same table with calibrated `probs`, `prediction` and `confidence`; other columns are kept as they are.
 
         `logits` too stay the model's own (a table that has only `probs` gets their logarithms), so that applying
         twice gives what applying once gives.
+
+        Raises:
+            ValueError: it is not fitted, or the table's options are scored in another way than those of the fit.
         """
         self.require_fitted()
+        self.check_scoring(scoring_of(table))
         rows = Rows(table, labelled=False)
         probs = np.exp(self._log_probs(rows))
         fresh = {} if "logits" in names(table) else {"logits": rows.logits}
@@ -149,7 +127,8 @@ class Calibrator:
     def save(self, path: str | Path) -> Path:
         """Writes the method and its parameters as `calibration.json` (JSON only) and returns the file's path."""
         self.require_fitted()
-        return write_record(path, CalibrationRecord(method=self.method, parameters=self.parameters()))
+        record = CalibrationRecord(method=self.method, parameters=self.parameters(), scoring=self.scoring)
+        return write_record(path, record)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -168,6 +147,15 @@ class Calibrator:
         """Raises when there are no parameters yet."""
         if not self.fitted:
             raise ValueError(f"This {type(self).__name__} has no parameters yet: call fit(table) or load(path).")
+
+    def check_scoring(self, scoring: str | None) -> None:
+        """Raises when options are scored in another way than those that it was fitted on, as far as both are known."""
+        if None not in (scoring, self.scoring) and scoring != self.scoring and self.method != "none":
+            raise ValueError(
+                f"This calibration was fitted on options scored by {self.scoring!r}, and these are scored by "
+                f"{scoring!r}: other numbers, which need a calibration of their own. Predict with "
+                f"scoring={self.scoring!r}, or fit again."
+            )
 
     def parameters(self) -> dict[str, Any]:
         """The fitted parameters as JSON values."""

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_moecal.table import SCORINGS
+
 
 FILE_NAME = "calibration.json"
 FORMAT, VERSION = "hf_moecal.calibration", 1
@@ -39,6 +41,8 @@ class CalibrationRecord:
         baked: how the calibration became part of the weights (then it must not be applied again), or `None`.
         readout: what predicts, where that is not the checkpoint's own logits: `kind`, `experts`, `members` (see
             [`~hf_moecal.readouts.mixture.Readout`]); the method's parameters are of its predictions.
+        scoring: how the answer options were scored whose scores the method calibrates, one of
+            [`~hf_moecal.table.SCORINGS`]; `None` where it calibrates the model's own logits.
     """
 
     method: str
@@ -51,6 +55,7 @@ class CalibrationRecord:
     versions: dict[str, str] = field(default_factory=dict)
     baked: dict[str, Any] | None = None
     readout: dict[str, Any] | None = None
+    scoring: str | None = None
 
 
 def read_record(path: str | Path) -> CalibrationRecord:
@@ -238,4 +243,5 @@ _FIELDS = {
     "versions": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
     "baked": _is_figures,
     "readout": _is_figures,
+    "scoring": lambda value: value is None or value in SCORINGS,
 }

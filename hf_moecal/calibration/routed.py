@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from hf_moecal.calibration.base import Calibrator, Rows
+from hf_moecal.calibration.base import Calibrator
 from hf_moecal.calibration.parameters import (
     checked_matrix,
     checked_number,
     checked_temperature,
     checked_vector,
 )
+from hf_moecal.calibration.rows import Rows
 from hf_moecal.calibration.solver import TemperatureFit, fit_temperature, log_softmax, row_losses
 from hf_moecal.calibration.temperature import require_identified, small_sample_warning
 
@@ -72,11 +73,15 @@ class GroupedTemperatureCalibrator(Calibrator):
         if self.by == "expert_usage":
             self.centres = self._cluster(rows)
         keys = self._keys(rows)
-        total = require_identified(fit_temperature(rows.logits, rows.labels), len(rows))
+        total = require_identified(rows.plain_fit, len(rows))
         self.temperature = total.temperature
-        fits = {
-            str(key): fit_temperature(rows.logits[keys == key], rows.labels[keys == key]) for key in np.unique(keys)
-        }
+        fits = {}
+        for key in np.unique(keys):
+            mine = keys == key
+            if rows.weights is None:
+                fits[str(key)] = fit_temperature(rows.logits[mine], rows.labels[mine])
+            elif (mine := mine & (rows.weights > 0)).any():
+                fits[str(key)] = fit_temperature(rows.logits[mine], rows.labels[mine], weights=rows.weights[mine])
         self.groups = shrunk_temperatures(fits, total.temperature)
         sentence = small_sample_warning(total, len(rows))
         if sentence:
@@ -88,7 +93,8 @@ class GroupedTemperatureCalibrator(Calibrator):
         usage = _expert_usage(rows)
         if self.clusters > len(usage):
             raise ValueError(f"Cannot make {self.clusters} clusters of {len(usage)} rows; ask for fewer clusters.")
-        return KMeans(self.clusters, n_init=4, random_state=self.seed).fit(usage).cluster_centers_
+        clusters = KMeans(self.clusters, n_init=4, random_state=self.seed)
+        return clusters.fit(usage, sample_weight=rows.weights).cluster_centers_
 
     def _keys(self, rows: Rows) -> np.ndarray:
         if self.centres is None:
@@ -154,7 +160,8 @@ class PerExpertTemperatureCalibrator(Calibrator):
     def _fit(self, rows: Rows) -> None:
         logits, shares, ids = _experts(rows)
         labels = np.repeat(rows.labels, ids.shape[1])
-        flat, weights, chosen = logits.reshape(-1, logits.shape[-1]), shares.ravel(), ids.ravel()
+        counted = shares if rows.weights is None else shares * rows.weights[:, None]
+        flat, weights, chosen = logits.reshape(-1, logits.shape[-1]), counted.ravel(), ids.ravel()
         self.shared = require_identified(fit_temperature(flat, labels, weights=weights), len(rows)).temperature
         fits = {}
         for expert in np.unique(chosen).tolist():
@@ -162,7 +169,7 @@ class PerExpertTemperatureCalibrator(Calibrator):
             if mine.any():
                 fits[expert] = fit_temperature(flat[mine], labels[mine], weights=weights[mine])
         self.experts = shrunk_temperatures(fits, self.shared)
-        aggregate = fit_temperature(self._mixture(logits, shares, ids), rows.labels)
+        aggregate = fit_temperature(self._mixture(logits, shares, ids), rows.labels, weights=rows.weights)
         self.temperature = require_identified(aggregate, len(rows)).temperature
         sentence = small_sample_warning(aggregate, len(rows))
         if sentence:
@@ -217,32 +224,33 @@ class RoutingTemperatureCalibrator(Calibrator):
         from scipy.optimize import minimize
 
         raw = self._features(rows)
-        self.mean = raw.mean(axis=0)
-        spread = raw.std(axis=0)
+        counts = np.ones(len(rows)) if rows.weights is None else rows.weights
+        self.mean = np.average(raw, axis=0, weights=counts)
+        spread = np.sqrt(np.average((raw - self.mean) ** 2, axis=0, weights=counts))
         self.spread = np.where(spread > 1e-9 * (1 + np.abs(self.mean)), spread, 1.0)
         design = self._design(raw)
-        start = require_identified(fit_temperature(rows.logits, rows.labels), len(rows))
+        start = require_identified(rows.plain_fit, len(rows))
 
         def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
             log_t = design @ theta
             inverse = np.exp(-np.clip(log_t, -_LARGEST_LOG_T, _LARGEST_LOG_T))
             losses, slopes, _ = row_losses(rows.logits, rows.labels, inverse)
             prior = np.concatenate([[0.0], theta[1:]])
-            gradient = design.T @ (-inverse * slopes) + prior
-            return (losses.sum() + 0.5 * prior @ prior) / len(rows), gradient / len(rows)
+            gradient = design.T @ (-inverse * slopes * counts) + prior
+            return (counts @ losses + 0.5 * prior @ prior) / rows.total, gradient / rows.total
 
         first = np.zeros(design.shape[1])
         first[0] = np.log(start.temperature)
         found = minimize(loss, first, jac=True, method="L-BFGS-B", options={"maxiter": 500, "ftol": 0, "gtol": 1e-8})
         self.coefficients = found.x
-        fitted = design @ found.x
+        fitted = (design @ found.x)[counts > 0]
         self.log_range = (float(fitted.min()), float(fitted.max()))
-        if len(rows) < _ROWS_PER_SLOPE * design.shape[1]:
-            self._warn(
-                f"{len(rows)} labelled rows are few for {design.shape[1]} coefficients of the routing; the plain "
-                f"temperature is T = {start.temperature:.3g}, 95 % interval {start.interval[0]:.3g} to "
-                f"{start.interval[1]:.3g}."
-            )
+
+    def misfit(self, rows: Rows) -> str | None:
+        coefficients = len(self.reads) + 2
+        if len(rows) >= _ROWS_PER_SLOPE * coefficients:
+            return None
+        return f"{len(rows)} labelled rows are few for {coefficients} coefficients of the routing."
 
     def _features(self, rows: Rows) -> np.ndarray:
         routing = [rows.column(name).astype(np.float64) for name in self.reads]

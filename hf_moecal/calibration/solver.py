@@ -17,6 +17,9 @@ from scipy.special import logsumexp
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
 _ROUGH_ROWS = 1000
+_SLAB, _PRIOR_ODDS = 1.0, 0.5  # of a temperature other than one: the spread of log T, and the odds
+_WIDE = np.linspace(-4.0, 4.0, 33)  # log T where the rows hardly say
+_STEPS = np.linspace(-5.0, 5.0, 9)  # log T in standard errors around the best; the sum is exact to 1e-3 at this step
 _BLOCK = 1 << 21  # float64 elements worked on at once: keeps a vocabulary-sized table out of memory
 
 
@@ -80,6 +83,7 @@ def fit_temperature(
     weights: np.ndarray | None = None,
     eta: float = 0.0,
     relevant: np.ndarray | None = None,
+    start: float | None = None,
 ) -> TemperatureFit:
     """The temperature that minimises the weighted, or the exponentially tilted, mean loss.
 
@@ -90,6 +94,7 @@ def fit_temperature(
         eta: tilt in 1/nat. 0 is the plain mean; else `(1/eta) log mean exp(eta l)`.
         relevant: `[n]` bool. With it the loss is the mean over all rows plus the tilted mean over these rows (over
             all rows, untilted, if there are none): the filtered objective.
+        start: a temperature near the optimum, where one is known: fewer passes over the rows, the same optimum.
 
     Returns:
         The optimum in `[1e-3, 1e3]` with the sandwich standard error of its logarithm. `identified` is false when
@@ -114,9 +119,12 @@ def fit_temperature(
         return gradient, curvature, sum(share) * slopes
 
     low, high = 1.0 / MAX_TEMPERATURE, 1.0 / MIN_TEMPERATURE
+    if not _spread(logits, base):
+        return TemperatureFit(1.0, np.inf, False)
     if _all_right(logits, labels, base):
         return TemperatureFit(MIN_TEMPERATURE, np.inf, False)
-    inverse = _increasing_root(derivatives, low, high, start=_rough_inverse(logits, labels, base, eta))
+    near = _rough_inverse(logits, labels, base, eta) if start is None else 1.0 / start
+    inverse = _increasing_root(derivatives, low, high, start=near)
     _, curvature, influence = derivatives(inverse)
     inside = low < inverse < high and curvature > 0
     error = np.inf
@@ -127,6 +135,31 @@ def fit_temperature(
             error = max(error, np.sqrt((base**2).sum() / curvature))
         error = error / inverse
     return TemperatureFit(float(1.0 / inverse), float(error), bool(inside))
+
+
+def shrunk_temperature(
+    logits: np.ndarray, labels: np.ndarray, *, weights: np.ndarray | None = None, fit: TemperatureFit | None = None
+) -> tuple[float, float]:
+    """A temperature drawn to 1 by how little the rows say against it, and the probability that it is not 1.
+
+    The posterior mean of log T under a prior that is 1 with probability 2/3, and else log-normal around 1 (see
+    `ShrunkTemperatureCalibrator`). The integral is a sum over a grid that is laid around the best temperature, where
+    there is one.
+
+    Args:
+        logits, labels, weights: as in [`fit_temperature`]; a row of weight 2 counts as two rows.
+        fit: what [`fit_temperature`] makes of them, where that is known.
+    """
+    fit = fit_temperature(logits, labels, weights=weights) if fit is None else fit
+    counts = np.ones(len(labels)) if weights is None else weights
+    grid = np.log(fit.temperature) + fit.log_error * _STEPS if fit.log_error < 0.5 else _WIDE
+    at_one, *losses = (counts @ row_losses(logits, labels, np.exp(-u))[0] for u in (0.0, *grid))
+    likelihood = at_one - np.array(losses)  # relative to T = 1, in nats
+    log_mass = likelihood - 0.5 * (grid / _SLAB) ** 2 + np.log((grid[1] - grid[0]) / (_SLAB * np.sqrt(2 * np.pi)))
+    log_odds = logsumexp(log_mass) + np.log(_PRIOR_ODDS)
+    evidence = float(np.exp(-np.logaddexp(0.0, -log_odds)))
+    mean = float(np.exp(log_mass - logsumexp(log_mass)) @ grid)
+    return float(np.clip(np.exp(evidence * mean), MIN_TEMPERATURE, MAX_TEMPERATURE)), evidence
 
 
 def _row_shares(
@@ -144,6 +177,11 @@ def _tilt(losses: np.ndarray, base: np.ndarray, eta: float) -> np.ndarray:
     with np.errstate(divide="ignore"):
         score = eta * losses + np.log(base)
     return np.exp(score - logsumexp(score))
+
+
+def _spread(logits: np.ndarray, base: np.ndarray) -> bool:
+    """Whether any row tells one class from another."""
+    return bool((logits.max(axis=1) > logits.min(axis=1))[base > 0].any())
 
 
 def _all_right(logits: np.ndarray, labels: np.ndarray, base: np.ndarray) -> bool:

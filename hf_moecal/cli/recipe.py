@@ -53,9 +53,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..table import FILE_KINDS
+from ..table import FILE_KINDS, SCORINGS
 from ..tasks import TASKS
-from ..tasks.choice import SCORINGS
 from ..training.arguments import MoECalArguments
 
 

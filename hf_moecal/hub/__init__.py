@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..calibration import CalibrationRecord, Calibrator, from_record, read_record, write_record
-from ..calibration.base import TABLE_CALIBRATOR
+from ..calibration.base import TABLE_CALIBRATOR, TOKEN_SCORING, is_left_to_table
 from ..calibration.record import FILE_NAME, MAX_BYTES
+from ..calibration.rows import Rows, scoring_of
 from ..calibration.selection import AUTO, CalibrationResult, calibrate_table
 from ..calibration.temperature import IdentityCalibrator, TemperatureCalibrator
-from ..model.loading import HUB_ARGUMENTS, load_model
+from ..model.loading import HUB_ARGUMENTS, language_vocabulary, load_model
 from ..readouts.attached import ATTACHED
 from ..readouts.mixture import Readout
 from ..readouts.recorded import attach_readout, load_committee, recorded_readout, with_calibration
-from ..table import columns, names
+from ..table import SCORINGS, columns, names
 from .checkpoint_files import load_training_ids
 from .publish import PublishError, push
 
@@ -89,6 +90,7 @@ def write_calibration(
         warnings=list(calibrator.warnings if warnings is None else warnings),
         versions=_versions(),
         readout=(recorded_readout(model_dir) if readout is None else readout).record(),
+        scoring=calibrator.scoring,
     )
     return write_record(model_dir, record)
 
@@ -114,10 +116,11 @@ def calibrate(
         What was compared and chosen, with figures on held-out rows before and after.
 
     Raises:
-        ValueError: the table cannot be used, holds rows that the checkpoint's record names as training data, or is of
-            a committee that the checkpoint is not.
+        ValueError: the table cannot be used, holds rows that the checkpoint's record names as training data, is of
+            a committee that the checkpoint is not, or does not say what a language model's scores are of.
     """
     readout = _readout_of(table, model_dir)
+    _check_scores(table, Path(model_dir))
     result = calibrate_table(table, method=method, folds=folds, seed=seed, training_ids=load_training_ids(model_dir))
     write_calibration(
         model_dir,
@@ -146,6 +149,23 @@ def _readout_of(table: Table, model_dir: str | Path) -> Readout:
     return readout
 
 
+def _check_scores(table: Table, model_dir: Path) -> None:
+    """Raises when a table's scores are not the checkpoint's, or nobody knows what they are of."""
+    vocabulary = language_vocabulary(model_dir)
+    scoring, width = scoring_of(table), Rows(table, labelled=False).logits.shape[1]
+    if vocabulary is None and scoring is not None and (model_dir / "config.json").exists():
+        raise ValueError(
+            f"The table is of answer options scored by {scoring!r}, and the checkpoint is a classifier; give the "
+            "table that hf_moecal.predict makes with the checkpoint."
+        )
+    if vocabulary is not None and scoring is None and width != vocabulary:
+        raise ValueError(
+            f"The table has {width} scores per row and does not say what they are of, and the checkpoint is a "
+            f"language model of {vocabulary} tokens. Add a column 'scoring' with one of {', '.join(map(repr, SCORINGS))} (see "
+            "hf_moecal.table), or make the table with hf_moecal.predict."
+        )
+
+
 def load_calibration(model_dir: str | Path, **hub: Any) -> Calibrator:
     """The calibrator that a checkpoint carries in its `calibration.json`; call its `apply` on a predictions table.
 
@@ -167,8 +187,9 @@ def from_pretrained(model_dir: str | Path, **kwargs: Any) -> PreTrainedModel:
     experts, where these were fitted; see [`~hf_moecal.readouts.recorded.attach_readout`]); then by logits / T for a
     temperature, by calibrated log-probabilities for the other methods that need logits only (sequence
     classification). A loss that the model computes from `labels` is that of the readout before its calibration. A
-    method that needs the routing works on the predictions table: [`~hf_moecal.predict`] applies it. A temperature
-    that is baked into the weights is left as it is.
+    method that needs the routing, and any that was fitted on the scores of whole answer options, works on the
+    predictions table alone: [`~hf_moecal.predict`] applies it, and the model's logits stay its own. A temperature of
+    label words is one of the logits, fitted on these words only. What is baked into the weights is left as it is.
 
     Args:
         model_dir: folder or repository with a checkpoint and its `calibration.json`.
@@ -201,14 +222,15 @@ def attach_calibrator(model: PreTrainedModel, calibrator: Calibrator) -> None:
     model._moecal_calibrated = True
     if isinstance(calibrator, IdentityCalibrator):
         return
-    if calibrator.reads or not (isinstance(calibrator, TemperatureCalibrator) or _classifies(model)):
-        setattr(model, TABLE_CALIBRATOR, calibrator)
+    setattr(model, TABLE_CALIBRATOR, calibrator)
+    if not _is_of_logits(model, calibrator):
         return
-
     attached = getattr(model, ATTACHED, None)
 
     def calibrate(module: torch.nn.Module, arguments: tuple, output: Any) -> Any:
-        if module.training or (attached is not None and attached.is_quiet):  # the readout's own forwards
+        if module.training or is_left_to_table(module):
+            return output
+        if attached is not None and attached.is_quiet:  # the readout's own forwards
             return output
         if not hasattr(output, "logits"):
             raise ValueError("A calibrated model returns named outputs; call it with return_dict=True.")
@@ -216,6 +238,13 @@ def attach_calibrator(model: PreTrainedModel, calibrator: Calibrator) -> None:
         return output
 
     model.register_forward_hook(calibrate)
+
+
+def _is_of_logits(model: PreTrainedModel, calibrator: Calibrator) -> bool:
+    """Whether the calibration can be applied to what the model's forward gives, not only to a predictions table."""
+    if isinstance(calibrator, TemperatureCalibrator):
+        return calibrator.scoring in (None, TOKEN_SCORING)
+    return not calibrator.reads and calibrator.scoring is None and _classifies(model)
 
 
 def _classifies(model: PreTrainedModel) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import TemperatureCalibrator, from_record, read_record, write_record
+from ..calibration.base import TOKEN_SCORING
 from ..model.loading import ADAPTER_CONFIG, load_model
 from ..readouts.mixture import Readout
 
@@ -122,6 +123,12 @@ def _bakeable(model_dir: Path):
         raise ValueError(
             f"Method {record.method!r} cannot become part of the weights: only one temperature for all rows is a "
             "plain factor on the logits. Keep calibration.json beside the weights, or use method='temperature'."
+        )
+    if record.scoring not in (None, TOKEN_SCORING):
+        raise ValueError(
+            f"This temperature was fitted on whole answer options scored by {record.scoring!r}. In the weights it "
+            "would divide the logits of every token, which is another model with other answers. Keep calibration.json "
+            "beside the weights: hf_moecal.predict applies it to the options' scores."
         )
     if (model_dir / ADAPTER_CONFIG).exists():
         raise ValueError(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_LANGUAGE_HEADS = ("ForCausalLM", "LMHeadModel", "CAUSAL_LM")
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -42,12 +43,25 @@ def _auto_class(architecture: str) -> Any:
 
     if architecture.endswith(("ForSequenceClassification", "SEQ_CLS")):
         return AutoModelForSequenceClassification
-    if architecture.endswith(("ForCausalLM", "LMHeadModel", "CAUSAL_LM")):
+    if architecture.endswith(_LANGUAGE_HEADS):
         return AutoModelForCausalLM
     raise ValueError(
         f"{architecture} has neither a language-model head nor a sequence-classification head; load it with its own "
         "class and hf_moecal.hub.attach_calibrator."
     )
+
+
+def language_vocabulary(path: str | Path) -> int | None:
+    """Number of tokens that a saved language model predicts; `None` for a classifier, or where no config says."""
+    from transformers import AutoConfig
+
+    adapter = Path(path) / ADAPTER_CONFIG
+    if not adapter.exists() and not (Path(path) / "config.json").exists():
+        return None
+    config = AutoConfig.from_pretrained(_whole(str(path)))
+    saved = json.loads(adapter.read_text()) if adapter.exists() else {}
+    head = str(saved["task_type"] if saved else (config.architectures or [""])[0])
+    return config.get_text_config().vocab_size if head.endswith(_LANGUAGE_HEADS) else None
 
 
 def _load_adapter(path: str | Path, hub: Mapping[str, Any], kwargs: Mapping[str, Any]) -> PreTrainedModel:

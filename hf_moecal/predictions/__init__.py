@@ -12,16 +12,16 @@ from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..calibration.base import TABLE_CALIBRATOR
+from ..calibration import Calibrator, TemperatureCalibrator
+from ..calibration.base import TABLE_CALIBRATOR, left_to_table
 from ..model.prefix_cache import PrefixCache, fingerprint
 from ..probes import hard_routing
 from ..probes.certify import evaluating
 from ..readouts.attached import ATTACHED
 from ..readouts.committee import count_members
 from ..readouts.mixture import Readout
-from ..table import COLUMNS, read_table
+from ..table import COLUMNS, SCORINGS, read_table
 from ..tasks import TASKS
-from ..tasks.choice import SCORINGS
 from .classifier import ClassifierReader
 from .language import LanguageReader
 from .parts import Parts, digest
@@ -126,6 +126,7 @@ def predict(
         raise ValueError("The dataset is empty: there is nothing to predict. Check how it was filtered.")
     wanted = _readout(model, task, readout, readout_experts)
     _check(model, task, example, wanted, layer, hard_top_k, prefix, output, resume)
+    calibrator = _calibrator(model, task, scoring, wanted)
     given = {"tokenizer": processing_class, "max_length": max_length, "text_column": text_column}
     watched = {"layer": layer, "readout": wanted, "prefix": prefix}
     settings = {"task": task, "batch_size": batch_size, "scoring": scoring, "example": example, "layer": layer}
@@ -141,7 +142,11 @@ def predict(
         else:
             reader = LanguageReader(model, dataset, task=task, scoring=scoring, example=example, **given, **watched)
         stack.enter_context(reader)
-        made = _Making(model, dataset, reader, batch_size, {"group": group, "readout": reader.readout.name}, progress)
+        constant = {"group": group, "readout": reader.readout.name}
+        constant["scoring"] = scoring if task == "choice" else None
+        if calibrator is not None:
+            stack.enter_context(left_to_table(model))
+        made = _Making(model, dataset, reader, batch_size, constant, calibrator, progress)
         if output is None:
             return made.in_memory()
         return made.in_file(Path(output), settings, resume)
@@ -157,10 +162,11 @@ class _Making:
         reader: Reader,
         batch_size: int,
         constant: dict[str, str | None],
+        calibrator: Calibrator | None,
         progress: bool,
     ) -> None:
         self._model, self._dataset, self._reader = model, dataset, reader
-        self._batch_size, self._progress = batch_size, progress
+        self._batch_size, self._calibrator, self._progress = batch_size, calibrator, progress
         self._constant = {name: value for name, value in constant.items() if value is not None}
         self._starts = range(0, len(dataset), PART_ROWS)
 
@@ -211,8 +217,9 @@ class _Making:
                 found[row] = made
             bar.update(len(chosen))
         table = self._assemble(start, rows, found)
-        calibrator = getattr(self._model, TABLE_CALIBRATOR, None)  # a method that needs the routing
-        return table if calibrator is None else calibrator.apply(_dataset([table])).with_format("arrow")[:]
+        if self._calibrator is None:
+            return table
+        return self._calibrator.apply(_dataset([table])).with_format("arrow")[:]
 
     def _assemble(self, start: int, rows: Dataset, found: list[list[dict[str, Any]]]) -> Table:
         """What was made of each row, beside the row's own columns."""
@@ -263,9 +270,32 @@ def _readout(model: nn.Module, task: str, kind: str | None, experts: int | None)
     if kind is not None or task != "classification":
         raise ValueError(
             f"The model was loaded to predict by {attached.readout.name!r}; leave `readout` unset for that (another "
-            "readout, or a language model: load the checkpoint with transformers and name the readout)."
+            "readout, or a language model: load the checkpoint with transformers, name the readout, and apply "
+            "hf_moecal.hub.load_calibration(folder) to the table)."
         )
     return attached.readout
+
+
+def _calibrator(model: nn.Module, task: str, scoring: str, readout: Readout) -> Calibrator | None:
+    """What a loaded model's table is calibrated by; nothing where its own logits are calibrated already."""
+    calibrator: Calibrator | None = getattr(model, TABLE_CALIBRATOR, None)
+    if calibrator is None:
+        return None
+    remedy = "load the checkpoint with transformers to predict without its calibration"
+    if readout.is_mixture and not hasattr(model, ATTACHED):
+        raise ValueError(
+            f"The model's calibration is of its native readout, and would distort {readout.kind!r}; leave `readout` "
+            f"unset, or {remedy}."
+        )
+    if task == "choice":
+        calibrator.check_scoring(scoring)
+    of_tokens = calibrator.scoring is None and isinstance(calibrator, TemperatureCalibrator)
+    if task == "lm" and not of_tokens:
+        raise ValueError(
+            f"The model's calibration ({calibrator.method!r}) is of answer options, and task='lm' asks for tokens; "
+            f"use task='choice', or {remedy}."
+        )
+    return None if task != "classification" and of_tokens else calibrator
 
 
 def _check(

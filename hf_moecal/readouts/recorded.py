@@ -82,8 +82,13 @@ def load_committee(model: nn.Module, model_dir: str | Path, readout: Readout, hu
 
 
 def with_calibration(model: nn.Module, readout: Readout, calibrator: Calibrator) -> tuple[Readout, Calibrator]:
-    """The readout with the temperatures of its experts, where the calibrator has some, and what is left to apply."""
-    if not (readout.is_mixture and isinstance(calibrator, PerExpertTemperatureCalibrator)):
+    """The readout with the temperatures of its experts, where the calibrator has some, and what is left to apply.
+
+    Temperatures that were fitted on a distribution over answer options stay with the predictions table: a mixture over
+    the vocabulary, cut down to the options, is another one than a mixture over the options.
+    """
+    of_classes = readout.is_mixture and calibrator.scoring is None
+    if not (of_classes and isinstance(calibrator, PerExpertTemperatureCalibrator)):
         return readout, calibrator
     experts = readout.members * find_moe_layers(model)[-1].num_experts
     rest = TemperatureCalibrator.from_parameters({"temperature": calibrator.temperature})

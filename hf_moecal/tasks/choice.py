@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..objectives import check_labels, example_losses
 from ..probes.agreement import among
-from ..table import ABSENT_LOGIT, IGNORED_LABEL
+from ..table import ABSENT_LOGIT, IGNORED_LABEL, SCORINGS
 from .prompts import Continued, encode_continuations
 from .targets import Loss, Mixture
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from ..probes import ExpertProbe
 
-SCORINGS = ("per_token", "total", "per_byte", "label_word")
 CHOICE_COLUMNS = ("prompt", "options", "prompt_ids", "option_ids")
 _INPUTS = ("input_ids", "attention_mask", "option_mask", "option_lengths", "candidates", "labels")
 
