@@ -6,12 +6,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-def exposition(window: Mapping[str, Any] | None, totals: Mapping[str, Any]) -> str:
-    """Renders the last window and the totals.
+def exposition(
+    window: Mapping[str, Any] | None, totals: Mapping[str, Any], labelled: Mapping[str, Any] | None = None
+) -> str:
+    """Renders the last window, the totals, and what late labels showed.
 
     Args:
         window: the last closed window (`Window.to_dict()`), or `None` before the first.
         totals: `windows`, `drifted`, `rows`, and `rejected` (reason -> rows).
+        labelled: what [`~hf_moecal.drift.late_labels.score_labels`] found, where labels were given.
 
     Returns:
         Text in the exposition format 0.0.4.
@@ -25,6 +28,12 @@ def exposition(window: Mapping[str, Any] | None, totals: Mapping[str, Any]) -> s
     ]
     if window:
         families += _window_families(window)
+    if labelled:
+        families.append(
+            ("moecal_labelled_drift", "gauge", "1 if accuracy or calibration drifted.", [({}, labelled["drift"])])
+        )
+        for key in ("n", "accuracy", "ece", "signed_gap"):
+            families.append((f"moecal_labelled_{key}", "gauge", f"Of labelled rows: {key}.", [({}, labelled[key])]))
     return "".join(_family(*family) for family in families)
 
 
@@ -35,8 +44,15 @@ def _window_families(window: Mapping[str, Any]) -> list[tuple[str, str, str, lis
     families = [
         ("moecal_window_index", "gauge", "Number of the last window, from 0.", [({}, window["index"])]),
         ("moecal_window_sequences", "gauge", "Sequences in the last window.", [({}, window["sequences"])]),
+        ("moecal_window_drift", "gauge", "1 if anything drifted in the last window.", [({}, window["drift"])]),
+        ("moecal_window_rejected_rows", "gauge", "Rows set aside in the last window.", [({}, window["rejected"])]),
         ("moecal_drift", "gauge", "1 if the feature drifted in the last window.", per_feature("drift")),
-        ("moecal_drift_effect", "gauge", "Largest difference in probability to the reference.", per_feature("effect")),
+        (
+            "moecal_drift_effect",
+            "gauge",
+            "Difference in probability to the reference, or change of a share.",
+            per_feature("effect"),
+        ),
         ("moecal_drift_psi", "gauge", "Population stability index in nats.", per_feature("psi")),
         ("moecal_drift_p_adjusted", "gauge", "Corrected p-value.", per_feature("p_adjusted")),
         ("moecal_mean_shift", "gauge", "Change of the mean in standard deviations.", per_feature("shift")),

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from scipy import sparse
 
 from ..metrics.binning import DEFAULT_BINS, bin_index, equal_width
 
@@ -58,11 +59,23 @@ class LabelFreeEstimate:
         """Empties the window."""
         self.window = {"count": np.zeros(self.bins * self.thirds), "confidence": np.zeros(self.bins)}
 
-    def update(self, rows: Mapping[str, np.ndarray]) -> None:
-        """Adds rows (columns `confidence` and the routing features of the reference) to the window."""
-        cell = self._cell(rows)
-        self.window["count"] += np.bincount(cell, minlength=self.bins * self.thirds)
-        self.window["confidence"] += np.bincount(cell // self.thirds, rows["confidence"], self.bins)
+    def cells(self, rows: Mapping[str, np.ndarray]) -> dict[str, sparse.csr_array]:
+        """What each row (columns `confidence` and the routing features of the reference) adds to a window.
+
+        Returns:
+            `count` [rows, cells] and `confidence` [rows, bins].
+        """
+        cell, n = self._cell(rows), len(rows["confidence"])
+        ends = np.arange(n + 1)
+        return {
+            "count": sparse.csr_array((np.ones(n), cell, ends), shape=(n, self.bins * self.thirds)),
+            "confidence": sparse.csr_array((rows["confidence"], cell // self.thirds, ends), shape=(n, self.bins)),
+        }
+
+    def update(self, parts: Mapping[str, sparse.csr_array]) -> None:
+        """Adds what [`cells`] gave, or sums of it, to the window."""
+        for name, values in parts.items():
+            self.window[name] += np.asarray(values.sum(axis=0)).ravel()
 
     def result(self) -> dict[str, float]:
         """The estimate for the window.

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .logs import DERIVED, OPTIONAL, Schema
+from .logs import DERIVED, Schema, bucket, encode, key_texts
 
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+MAX_SECONDS = 1e11  # the year 5138: a larger number counts milliseconds
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,14 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Piece:
-    """Checked rows of one source, those set aside, and the position after them (rows, or bytes of a JSONL file)."""
+    """Checked rows of one source, those set aside with their places among all of these rows, and the position after
+    them."""
 
     source: str
     rows: dict[str, np.ndarray]
     rejected: list[Rejected]
-    position: int
+    places: np.ndarray
+    position: dict[str, Any]
 
 
 class Faults:
@@ -59,6 +64,10 @@ class Faults:
         """Gives the rows of `mask` a fault, unless they have one."""
         for row in np.flatnonzero(mask).tolist():
             self.found.setdefault(row, (reason, detail if isinstance(detail, str) else detail(row)))
+
+    def places(self) -> np.ndarray:
+        """Rows with a fault, in order."""
+        return np.array(sorted(self.found), np.int64)
 
     def clean(self) -> np.ndarray:
         """Mask of the rows without a fault."""
@@ -92,14 +101,17 @@ def check(columns: Mapping[str, pa.Array], schema: Schema, faults: Faults) -> di
         if name in columns:
             rows[name] = _categories(name, columns[name], values, faults)
         else:
-            rows[name] = _codes(rows[name], values)
+            rows[name] = encode(rows[name].tolist(), values)
     if schema.experts:
         rows["expert_ids"] = _experts(columns["expert_ids"], schema, faults)
-    for name in (schema.sequence, *OPTIONAL):
-        if name and name in columns:
-            if name == schema.sequence:
-                faults.flag(_nulls(columns[name]), f"missing {name}", f"{name} is missing")
-            rows[name] = columns[name].to_numpy(zero_copy_only=False)
+    for name in {schema.sequence, "id"} & set(columns):
+        if name == schema.sequence:
+            faults.flag(_nulls(columns[name]), f"missing {name}", f"{name} is missing")
+        rows[name] = _keys(name, columns[name])
+    if "time" in columns:
+        rows["time"] = _seconds(columns["time"])
+        if schema.timed:
+            faults.flag(np.isnan(rows["time"]), "unusable time", "time is missing, or neither ISO 8601 nor seconds")
     kept = faults.clean()
     return {name: values[kept] for name, values in rows.items()}
 
@@ -110,6 +122,43 @@ def _combined(values: Any) -> pa.Array:
 
 def _nulls(values: pa.Array) -> np.ndarray:
     return values.is_null().to_numpy(zero_copy_only=False)
+
+
+def _keys(name: str, values: pa.Array) -> np.ndarray:
+    """Keys as text; empty where missing."""
+    import pyarrow as pa
+
+    if pa.types.is_floating(values.type):
+        texts = np.full(len(values), "", object)
+        there = ~_nulls(values)
+        texts[there] = key_texts(name, values.filter(pa.array(there)).to_numpy(zero_copy_only=False))
+        return texts
+    return values.cast(pa.string()).fill_null("").to_numpy(zero_copy_only=False)
+
+
+def _seconds(values: pa.Array) -> np.ndarray:
+    """Seconds since 1970 (of times without a zone: in UTC); NaN for what is no time."""
+    import pyarrow as pa
+
+    if pa.types.is_timestamp(values.type):
+        whole = values.cast(pa.timestamp("us", values.type.tz), safe=False).cast(pa.int64())
+        return whole.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False) / 1e6
+    return np.array([_second(value) for value in values.to_pylist()], np.float64)
+
+
+def _second(value: Any) -> float:
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
+    try:
+        found = float(value)
+    except TypeError:
+        return np.nan
+    except ValueError:
+        try:
+            return _second(datetime.fromisoformat(value.replace("Z", "+00:00")))
+        except ValueError:
+            return np.nan
+    return found if 0 <= found < MAX_SECONDS else np.nan  # milliseconds are no seconds
 
 
 def _numbers(name: str, values: pa.Array, faults: Faults) -> np.ndarray:
@@ -136,14 +185,11 @@ def _categories(name: str, values: pa.Array, known: tuple[Any, ...], faults: Fau
         raise ValueError(
             f"Column {name!r} of the log holds {values.type}, the reference holds {wanted.type}; log the same type."
         ) from error
-    return positions.fill_null(len(known)).to_numpy(zero_copy_only=False).astype(np.int64)
-
-
-def _codes(values: np.ndarray, known: tuple[Any, ...]) -> np.ndarray:
-    order = np.argsort(known)
-    ordered = np.asarray(known)[order]
-    place = np.minimum(np.searchsorted(ordered, values), len(known) - 1)
-    return np.where(ordered[place] == values, order[place], len(known))
+    unknown = _nulls(positions)
+    codes = positions.fill_null(len(known)).to_numpy(zero_copy_only=False).astype(np.int64)
+    others = [bucket(value) for value in values.filter(pa.array(unknown)).to_pylist()]
+    codes[unknown] += np.array(others, np.int64)
+    return codes
 
 
 def _from_probs(values: pa.Array, faults: Faults) -> dict[str, np.ndarray]:

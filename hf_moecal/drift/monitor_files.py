@@ -7,7 +7,6 @@ every row is counted once and every window is reported once.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,6 @@ from .exposition import exposition
 
 if TYPE_CHECKING:
     from .log_checks import Rejected
-    from .monitor import WindowStream
 
 WINDOWS, REJECTED, METRICS = "windows.jsonl", "rejected.jsonl", "metrics.prom"
 
@@ -43,16 +41,21 @@ class MonitorFiles:
             if path:
                 path.mkdir(parents=True, exist_ok=True)
 
-    def resume(self, stream: WindowStream, totals: dict[str, Any], *, settings: Mapping[str, Any]) -> dict[str, int]:
-        """Loads the state into `stream` and `totals`; returns the position to read from.
+    def resume(self, fingerprint: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+        """What the last call with this state saved, or `None` if there is none yet.
+
+        Args:
+            fingerprint: hash of all that the state depends on.
+
+        Returns:
+            What was given to [`save`].
 
         Raises:
             ValueError: the state is unreadable, or was made with another reference or other settings.
         """
-        self.fingerprint = _fingerprint(stream, settings)
+        self.fingerprint = fingerprint
         if self.state is None or not self.state.exists():
-            self._cut({WINDOWS: 0, REJECTED: 0})
-            return {}
+            return None  # what other runs left in the folder stays; new lines go after it
         try:
             with np.load(self.state, allow_pickle=False) as saved:
                 arrays = dict(saved)
@@ -63,26 +66,17 @@ class MonitorFiles:
             ) from error
         if plain["fingerprint"] != self.fingerprint:
             raise ValueError(
-                f"The monitor state {self.state.name!r} was made with another reference or other settings; "
-                "use those, or another state file."
+                f"The monitor state {self.state.name!r} was made with another reference, other settings or another "
+                "version; use those, or another state file."
             )
         self._cut(plain["lengths"])
-        stream.load(plain["stream"], arrays)
-        totals.update({**plain["totals"], "rejected": type(totals["rejected"])(plain["totals"]["rejected"])})
-        return plain["position"]
+        return plain["saved"], arrays
 
-    def save(self, stream: WindowStream, totals: Mapping[str, Any], position: Mapping[str, int]) -> None:
+    def save(self, saved: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
         """Writes the state, in one step."""
         if self.state is None:
             return
-        opened, arrays = stream.state()
-        plain = {
-            "fingerprint": self.fingerprint,
-            "lengths": self._lengths(),
-            "stream": opened,
-            "totals": totals,
-            "position": position,
-        }
+        plain = {"fingerprint": self.fingerprint, "lengths": self._lengths(), "saved": saved}
         partial = self.state.with_name(self.state.name + ".partial")
         with partial.open("wb") as file:
             np.savez(file, plain=np.array(json.dumps(plain)), **arrays)
@@ -90,12 +84,17 @@ class MonitorFiles:
             os.fsync(file.fileno())
         os.replace(partial, self.state)
 
-    def record(self, window: Mapping[str, Any], totals: Mapping[str, Any]) -> None:
-        """Appends a window and rewrites the metrics."""
+    def record(self, window: Mapping[str, Any]) -> None:
+        """Appends a window."""
         self._append(WINDOWS, [window])
+
+    def metrics(
+        self, window: Mapping[str, Any] | None, totals: Mapping[str, Any], labelled: Mapping[str, Any] | None
+    ) -> None:
+        """Rewrites the metrics: the last window, the totals, and what late labels showed."""
         if self.folder is not None:
             partial = self.folder / (METRICS + ".partial")
-            partial.write_text(exposition(window, totals), encoding="utf-8")
+            partial.write_text(exposition(window, totals, labelled), encoding="utf-8")
             os.replace(partial, self.folder / METRICS)
 
     def set_aside(self, rows: Sequence[Rejected]) -> None:
@@ -118,11 +117,3 @@ class MonitorFiles:
         for name, length in lengths.items() if self.folder else ():
             if (self.folder / name).exists():
                 os.truncate(self.folder / name, length)
-
-
-def _fingerprint(stream: WindowStream, settings: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps([settings, stream.schema.needed], sort_keys=True).encode())
-    for test in stream.detector.tests.values():
-        for values in test.fixed():
-            digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.hexdigest()

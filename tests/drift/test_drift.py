@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from scipy import sparse, stats
 
-from hf_moecal.drift.statistics import CountDrift, DriftDetector, NumberDrift, _pool_rare, adjust
+from hf_moecal.drift.count_test import CountDrift, _pool_rare
+from hf_moecal.drift.number_test import NumberDrift
+from hf_moecal.drift.statistics import DriftDetector, adjust
 
 
 def one_hot(codes, categories):
@@ -26,7 +28,7 @@ def test_ks_in_pieces_is_scipys(n, m, decimals):
     test = NumberDrift("confidence", reference)
     for part in np.array_split(window, 5):
         test.update(part)
-    found, wanted = test.result(), stats.ks_2samp(reference, window, method="asymp")
+    found, wanted = test.results()[0], stats.ks_2samp(reference, window, method="asymp")
     assert found.effect == pytest.approx(wanted.statistic, abs=1e-14)
     assert found.p_value == pytest.approx(wanted.pvalue, rel=1e-9)
     assert found.shift == pytest.approx((window.mean() - reference.mean()) / reference.std())
@@ -37,14 +39,14 @@ def test_ks_of_a_long_reference_is_exact_to_its_resolution():
     reference, window = rng.normal(size=200_000), rng.normal(0.1, 1, 3000)
     test = NumberDrift("x", reference)
     test.update(window)
-    assert test.result().effect == pytest.approx(stats.ks_2samp(reference, window).statistic, abs=1 / 10_000)
+    assert test.results()[0].effect == pytest.approx(stats.ks_2samp(reference, window).statistic, abs=1 / 10_000)
     assert len(test.points) <= 10_000
 
 
 def test_constant_reference_has_no_shift_but_a_test():
     test = NumberDrift("x", np.ones(100))
     test.update(np.zeros(100))
-    found = test.result()
+    found = test.results()[0]
     assert (found.effect, found.shift) == (1.0, None) and found.p_value < 1e-20
 
 
@@ -55,7 +57,7 @@ def test_one_count_per_sequence_gives_pearsons_chi_square():
     test.update(one_hot(window, 5))
     table = [np.bincount(codes, minlength=5) for codes in (reference, window)]
     wanted = stats.chi2_contingency(table, correction=False)
-    found = test.result()
+    found = test.results()[0]
     assert found.statistic == pytest.approx(wanted.statistic, rel=1e-10)
     assert found.p_value == pytest.approx(wanted.pvalue, rel=1e-8)
     shares = [counts / counts.sum() for counts in table]
@@ -73,7 +75,7 @@ def test_dependent_counts_against_a_plain_twin():
     both = np.concatenate([a, b])
     covariance = np.cov(both.T, bias=True) * (1 / len(a) + 1 / len(b))
     difference = b.mean(axis=0) - a.mean(axis=0)
-    assert test.result().statistic == pytest.approx(difference @ np.linalg.pinv(covariance) @ difference, rel=1e-8)
+    assert test.results()[0].statistic == pytest.approx(difference @ np.linalg.pinv(covariance) @ difference, rel=1e-8)
 
 
 def test_rare_categories_are_pooled_until_each_expects_five():
@@ -93,7 +95,7 @@ def test_expert_load_keeps_its_level(experts, k, n):
         test = CountDrift("expert_load", choose_experts(rng, weights, 3000, k))
         for _ in range(20):
             test.update(choose_experts(rng, weights, n, k))
-            p_values.append(test.result().p_value)
+            p_values.append(test.results()[0].p_value)
             test.reset()
     alarms = int((np.array(p_values) <= 0.05).sum())
     assert alarms <= stats.binom.ppf(0.999, len(p_values), 0.05)
@@ -110,7 +112,7 @@ def test_a_plain_chi_square_on_all_counts_would_not_keep_it():
         counts = [rng.multinomial(20, draw[:, 0]) for draw in draws]
         test = CountDrift("expert_load", sparse.csr_array(counts[0] / 20))
         test.update(sparse.csr_array(counts[1] / 20))
-        alarms["sequences"] += test.result().p_value <= 0.05
+        alarms["sequences"] += test.results()[0].p_value <= 0.05
         alarms["counts"] += stats.chi2_contingency([c.sum(axis=0) for c in counts]).pvalue <= 0.05
     assert alarms["counts"] >= 40 and alarms["sequences"] <= 12
 
