@@ -31,9 +31,9 @@ def check_arguments(args: Any, kwargs: Mapping[str, Any]) -> None:
         )
     if args.optim in ("lomo", "adalomo") and args.gradient_accumulation_steps > 1:
         raise ValueError(
-            f"optim={str(args.optim)!r} updates parameters inside each backward pass, before an optimizer batch of "
-            f"gradient_accumulation_steps={args.gradient_accumulation_steps} micro-batches is complete; set it to 1, "
-            "or take another optimizer."
+            f"optim={str(args.optim.value)!r} updates parameters inside each backward pass, before an optimizer batch "
+            f"of gradient_accumulation_steps={args.gradient_accumulation_steps} micro-batches is complete; set it to "
+            "1, or take another optimizer."
         )
     if args.use_liger_kernel:
         raise ValueError(
