@@ -92,8 +92,9 @@ class Calibrator:
             self._warn(misfit)
         if rows.labels_on_zero:
             self._warn(
-                f"{rows.labels_on_zero} of {len(rows)} labels have a probability of zero, as rounding makes it; zeros "
-                "are taken as half the smallest probability of the table. Fit on logits, or on unrounded probabilities."
+                f"{rows.labels_on_zero} of {len(rows)} labels have a probability of zero, as rounding makes it; "
+                "zeros are taken as half the smallest probability of the table. Fit on logits, or on unrounded "
+                "probabilities."
             )
         self._fit(rows)
         self.fitted = True

@@ -161,8 +161,8 @@ def _check_scores(table: Table, model_dir: Path) -> None:
     if vocabulary is not None and scoring is None and width != vocabulary:
         raise ValueError(
             f"The table has {width} scores per row and does not say what they are of, and the checkpoint is a "
-            f"language model of {vocabulary} tokens. Add a column 'scoring' with one of {', '.join(map(repr, SCORINGS))} (see "
-            "hf_moecal.table), or make the table with hf_moecal.predict."
+            f"language model of {vocabulary} tokens. Add a column 'scoring' with one of "
+            f"{', '.join(map(repr, SCORINGS))} (see hf_moecal.table), or make the table with hf_moecal.predict."
         )
 
 

@@ -20,12 +20,13 @@ def calibration_metrics(*, bins: int = DEFAULT_BINS, strategy: str = "equal_widt
     """A `compute_metrics` for any `Trainer`: calibration next to the loss, without changing how you train.
 
     The model's first output is taken as the logits [N, C] and `label_ids` as the classes [N] (-100 for none). It also
-    serves `batch_eval_metrics=True`, and what [`MoECalTrainer`] collects of a language model: `confidence` (of the
-    most likely token), `correct`, `nll` and `brier`, [N, S] each, -100 where nothing is supervised.
+    serves `batch_eval_metrics=True`, `eval_do_concat_batches=False`, and what [`MoECalTrainer`] collects of a language
+    model: `confidence` (of the most likely token), `correct`, `nll` and `brier`, [N, S] each, -100 where nothing is
+    supervised, and `sequence`, a number for each of the sequences that share a row.
 
     Returns:
-        `Callable`: gives `ece`, `ece_debiased`, `nll`, `n_zero_probability`, `brier`, `accuracy`, `signed_gap` and `n`. For a language model
-        these are over tokens; `sequence_ece` and so on are over sequences, of which each counts once, with the means
+        `Callable`: gives `ece`, `ece_debiased`, `nll`, `n_zero_probability`, `brier`, `accuracy`, `signed_gap` and
+        `n`. For a language model these are over tokens; `sequence_ece` and so on are over sequences, of which each counts once, with the means
         over its tokens: mean confidence against the share of tokens that are right.
 
     Example:
@@ -49,7 +50,8 @@ def calibration_metrics(*, bins: int = DEFAULT_BINS, strategy: str = "equal_widt
             pending.clear()  # left over from an evaluation that was interrupted
         iteration = current_iteration()
         try:
-            _add(pending, prediction)
+            for logits, labels in _sets(prediction):
+                _add(pending, logits, labels)
             return _flat(pending, dict(bins=bins, strategy=strategy)) if compute_result else {}
         except ValueError:
             compute_result = True
@@ -58,11 +60,19 @@ def calibration_metrics(*, bins: int = DEFAULT_BINS, strategy: str = "equal_widt
             if compute_result:
                 pending.clear()
 
+    compute_metrics.takes_figures = True
     return compute_metrics
 
 
-def _add(pending: dict[str, CalibrationAccumulator], prediction: Any) -> None:
+def _sets(prediction: Any) -> list[tuple[Any, Any]]:
+    """Logits and labels: one pair, or one for each batch where Trainer did not join them."""
     logits, labels = prediction if isinstance(prediction, tuple) else (prediction.predictions, prediction.label_ids)
+    apart = isinstance(labels, list) and len(labels) > 0 and np.ndim(_on_cpu(labels[0])) > 0
+    return list(zip(logits, labels, strict=True)) if apart else [(logits, labels)]
+
+
+def _add(pending: dict[str, CalibrationAccumulator], logits: Any, labels: Any) -> None:
+    """Adds a batch, or a whole set, to what is pending under each prefix."""
     if isinstance(logits, Mapping):
         tokens, sequences = _token_rows(logits)
         pending.setdefault("", CalibrationAccumulator()).add_rows(tokens)
@@ -88,10 +98,16 @@ def _token_rows(figures: Mapping[str, Any]) -> tuple[Rows, Rows]:
         np.asarray(_on_cpu(figures[name]), np.float64) for name in ("confidence", "correct", "nll", "brier")
     )
     judged = confidence != IGNORED_LABEL
-    count = judged.sum(1)
-    some = count > 0
-    means = [np.where(judged, values, 0.0).sum(1)[some] / count[some] for values in (confidence, correct, nll, brier)]
-    return Rows(confidence[judged], correct[judged] == 1, nll[judged], brier[judged]), Rows(*means)
+    rows, places = judged.nonzero()
+    if "sequence" in figures:  # several may share a row
+        shared = np.asarray(_on_cpu(figures["sequence"]))[rows, places]
+        rows = np.unique(np.stack([rows, shared]), axis=1, return_inverse=True)[1].reshape(-1)
+    else:
+        rows = np.unique(rows, return_inverse=True)[1]
+    tokens = [values[judged] for values in (confidence, correct, nll, brier)]
+    count = np.bincount(rows)
+    means = [np.bincount(rows, weights=values) / count for values in tokens]
+    return Rows(tokens[0], tokens[1] == 1, *tokens[2:]), Rows(*means)
 
 
 def _labels_of(labels: Any, logits: Any) -> Any:

@@ -77,7 +77,8 @@ class AttachedReadout:
     ):
         self._model, self.readout = model, readout or Readout()
         self._probed, self._layer, self._rows = probed or self.readout.is_mixture, layer, rows
-        self._pad = model.config.get_text_config().pad_token_id
+        config = getattr(model, "config", None)  # a module of the user's own has none, and predicts natively
+        self._pad = None if config is None else config.get_text_config().pad_token_id
         self._training = training
         self._tokens: Tensor | None = None
         self._outputs: list[Any] = []

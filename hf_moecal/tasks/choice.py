@@ -217,6 +217,10 @@ class OptionTargets(NamedTuple):
     def num_examples(self) -> int:
         return int((self.right != IGNORED_LABEL).sum())
 
+    def batch_rows(self, rows: Tensor) -> Tensor:
+        """The row of the batch that each labelled example stands in, `[num_examples]`."""
+        return (self.right != IGNORED_LABEL).nonzero().squeeze(1)
+
     def row_values(self, part: slice, logits: Tensor, loss: Loss) -> Tensor:
         """Log-probabilities `[c]` of a slice of the rows, whatever the examples' loss is."""
         return -example_losses(logits, self.labels[part])
@@ -273,6 +277,10 @@ class WordTargets(NamedTuple):
     @property
     def num_examples(self) -> int:
         return int((self.right != IGNORED_LABEL).sum())
+
+    def batch_rows(self, rows: Tensor) -> Tensor:
+        """The row of the batch that each labelled example stands in, `[num_examples]`."""
+        return (self.right != IGNORED_LABEL).nonzero().squeeze(1)
 
     def row_values(self, part: slice, logits: Tensor, loss: Loss) -> Tensor:
         """The candidates' logits `[c, O]` of a slice of the rows."""
@@ -356,7 +364,7 @@ def choice_losses(scores: Tensor, present: Tensor, right: Tensor, loss: Loss) ->
     counts = present.sum(1).masked_fill(right == IGNORED_LABEL, 0)
     rows = [(counts == count).nonzero().squeeze(1) for count in counts[counts > 0].unique().tolist()]
     if not rows:
-        return scores.new_zeros(0)
+        return scores.flatten()[:0]  # none, and yet a function of the parameters, which every process has to have
     # Label smoothing spreads over the options that an example has, so those with equally many go together.
     losses = torch.cat([loss(scores[some][:, : int(counts[some[0]])], right[some]) for some in rows])
     return losses[torch.cat(rows).argsort()]

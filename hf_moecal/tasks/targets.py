@@ -58,6 +58,10 @@ class Targets(NamedTuple):
         """Losses `[num_examples]` from those of the rows `[n]`."""
         return self.mean_by_example(rows)
 
+    def batch_rows(self, rows: Tensor) -> Tensor:
+        """The row of the batch that each example stands in, `[num_examples]`, from those of the judged rows `[n]`."""
+        return rows.new_zeros(self.num_examples).scatter(0, self.example, rows)
+
     def probed(self, probe: ExpertProbe) -> tuple[Tensor, Tensor]:
         """Disagreement and regret of each example: means over its rows."""
         found = probe.disagreement_and_regret(self.tokens, self.labels)
@@ -89,11 +93,26 @@ def classification_targets(inputs: Mapping[str, Any], pad_token_id: int | None, 
             f"Classification needs one integer label per sequence, got labels of shape {tuple(labels.shape)} for "
             f"{batch} sequences; for token labels set task='lm'."
         )
+    targets = class_targets(inputs)
+    check_labels(targets.labels, num_labels)
+    tokens = torch.arange(batch, device=ids.device) * length + pooled_positions(ids, pad_token_id)
+    return targets._replace(tokens=tokens[targets.rows])
+
+
+def class_targets(inputs: Mapping[str, Any]) -> Targets:
+    """Rows of a classification batch of any model: `labels` `[B]`, of which -100 leaves one out, whatever else it has.
+
+    Raises:
+        ValueError: no labels, or not one for each row.
+    """
+    labels = inputs.get("labels")
+    if labels is None or labels.dim() != 1:
+        raise ValueError(
+            f"Classification needs `labels` with one class per row, got "
+            f"{sorted(inputs) if labels is None else f'labels of shape {tuple(labels.shape)}'}."
+        )
     keep = (labels != IGNORED_LABEL).nonzero().squeeze(1)
-    check_labels(labels[keep], num_labels)
-    rows = torch.arange(batch, device=ids.device)
-    tokens = rows * length + pooled_positions(ids, pad_token_id)
-    return Targets(tokens[keep], labels[keep], torch.arange(len(keep), device=ids.device), keep, len(keep))
+    return Targets(keep, labels[keep], torch.arange(len(keep), device=labels.device), keep, len(keep))
 
 
 def lm_targets(inputs: Mapping[str, Any], *, per_token: bool) -> Targets:

@@ -147,13 +147,14 @@ class MoECalArguments(TrainingArguments):
 
     def __post_init__(self):
         fill(self)
-        self._check()
+        self.check()
         if self.greater_is_better is None and self.metric_for_best_model:
             # TrainingArguments would take any metric that is no loss for a score.
             self.greater_is_better = {LOWER: False, HIGHER: True}.get(direction_of(self.metric_for_best_model))
         super().__post_init__()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises a `ValueError` for a field that is out of range, or has no effect beside another."""
         if self.objective not in OBJECTIVES:
             raise unknown_objective(self.objective)
         _among("normalizer", self.normalizer, NORMALIZERS)

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..model.freezing import CONTAINER
 from ..model.precision import widest_precision
-from ..readouts.committee import MEMBERS_FILE, count_members, load_members
+from ..readouts.committee import MEMBERS_FILE, count_members, load_members, save_members
+from ..readouts.mixture import Readout
+from ..readouts.recorded import record_readout
 from .arguments import MoECalArguments
 
 
@@ -153,3 +156,36 @@ def _saved_names(model: nn.Module) -> list[str]:
         if not name.startswith(f"{CONTAINER}."):
             seen.setdefault(id(tensor), name)
     return list(seen.values())
+
+
+class CheckpointMixin:
+    """What [`MoECalMixin`] adds to the checkpoints of a Trainer: all weights, further members, what the run was."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder, args = output_dir or self.args.output_dir, self.args
+            save_members(self.model, folder)
+            record_readout(folder, Readout(args.readout, args.readout_experts, members=args.readout_members))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            record_run(output_dir, self.args)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # so that `trainer_state.json`, which is next, comes last of all files
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._restore(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._restore(self.state.best_model_checkpoint)
+
+    def _restore(self, checkpoint: str) -> None:
+        """Loads what Trainer leaves out of a plain checkpoint; sharded ones and adapters load whole by themselves."""
+        if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            restore_weights(self.model, checkpoint)

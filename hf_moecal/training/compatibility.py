@@ -24,8 +24,17 @@ def check_arguments(args: Any, kwargs: Mapping[str, Any]) -> None:
             "`compute_loss_func` would replace the objective; choose one with MoECalArguments(objective=...), or use "
             "transformers.Trainer."
         )
-    if kwargs.get("model_init") is not None:
-        raise ValueError("`model_init` is not supported; pass `model=` and build a trainer for each trial.")
+    if "inputs" in args.include_for_metrics and args.task == "choice":
+        raise ValueError(
+            "include_for_metrics=['inputs'] joins the inputs of all batches, which for task='choice' have options of "
+            "different numbers and lengths; leave it out: `predictions` are in the order of the dataset's rows."
+        )
+    if args.optim in ("lomo", "adalomo") and args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"optim={str(args.optim.value)!r} updates parameters inside each backward pass, before an optimizer batch "
+            f"of gradient_accumulation_steps={args.gradient_accumulation_steps} micro-batches is complete; set it to "
+            "1, or take another optimizer."
+        )
     if args.use_liger_kernel:
         raise ValueError(
             "`use_liger_kernel=True` replaces the model's forward by one that may give no logits to judge; set it to "
@@ -43,18 +52,70 @@ def check_arguments(args: Any, kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def check_datasets(train_dataset: Any, eval_dataset: Any, *, labelled: bool) -> None:
-    """Raises a `ValueError` for a dataset that is empty or, if it has to be `labelled`, has no column of labels."""
+def label_name(args: MoECalArguments) -> str:
+    """The column of the labels; raises a `ValueError` where `label_names` is not one name."""
+    names = ["labels"] if args.label_names is None else list(args.label_names)
+    if len(names) != 1:
+        raise ValueError(
+            f"An example has one label here, got label_names={names}; name the column of it, or leave it unset."
+        )
+    return names[0]
+
+
+def check_datasets(train_dataset: Any, eval_dataset: Any, *, labels: set[str] | None) -> None:
+    """Raises a `ValueError` for a dataset that is empty or, if it has to be labelled, has no column of labels.
+
+    Args:
+        train_dataset: of the trainer.
+        eval_dataset: of the trainer, one or several by name.
+        labels (`set[str]`): names that a column of labels may have beside the usual ones; `None` asks for no labels.
+    """
     evaluation = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
     for name, dataset in {"train_dataset": train_dataset, **evaluation}.items():
         if hasattr(dataset, "__len__") and len(dataset) == 0:
             raise ValueError(f"Dataset {name!r} is empty; leave it out, or check how it was filtered.")
         columns = getattr(dataset, "column_names", None)
-        if labelled and columns and not {"label", "labels", "label_ids"} & set(columns):
+        if labels is not None and columns and not (labels | {"label", "labels", "label_ids"}) & set(columns):
             raise ValueError(
                 f"Dataset {name!r} has no `label` column, only {list(columns)}; rename it with "
-                "dataset.rename_column(..., 'label')."
+                "dataset.rename_column(..., 'label'), or name it with label_names=[...]."
             )
+
+
+def check_model(model: nn.Module, args: MoECalArguments) -> None:
+    """Raises a `ValueError` where the objective cannot be that of the model."""
+    config = getattr(model, "config", None)
+    kind = getattr(config, "problem_type", None)
+    if args.task == "classification" and (kind not in (None, "single_label_classification")):
+        raise ValueError(
+            f"problem_type={kind!r} has no one right class for each example, which the objective and the calibration "
+            "figures are about; use transformers.Trainer, or a classifier of single labels."
+        )
+    if args.task == "classification" and getattr(config, "num_labels", 2) == 1:
+        raise ValueError(
+            "The model has one output (num_labels=1), so it is a regression; load it with num_labels=2 or more."
+        )
+    prompts = [c for c in getattr(model, "peft_config", {}).values() if getattr(c, "is_prompt_learning", False)]
+    kinds = [str(getattr(c.peft_type, "value", c.peft_type)) for c in prompts]
+    if set(kinds) - {"PREFIX_TUNING"}:
+        raise ValueError(
+            f"{kinds[0]} puts virtual tokens before each sequence, so that no prediction stands where its token does; "
+            "train='lora', or PEFT's prefix tuning, leaves the positions as they are."
+        )
+    if kinds and (args.objective == "robust_filtered" or args.readout != "native"):
+        raise ValueError(
+            f"{kinds[0]} gives each layer a cache that trains, which experts cannot be asked with again; set "
+            "objective='robust' (or 'erm') and readout='native', or train='lora'."
+        )
+
+
+def check_carried(batches: list, args: MoECalArguments, *, started: bool) -> None:
+    """Raises a `ValueError` for a stream that ends before its first optimizer batch is full."""
+    if batches and not started:
+        raise ValueError(
+            f"The stream of training data ends after {len(batches)} micro-batches, before one optimizer batch of "
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} is full; lower that, or the batch size."
+        )
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module, args: MoECalArguments) -> None:

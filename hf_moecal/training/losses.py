@@ -16,7 +16,15 @@ from ..readouts.attached import AttachedReadout, Member, logits_of
 from ..readouts.mixture import Mixed, Readout, mean_expert_loss, mixed_agreement
 from ..table import IGNORED_LABEL
 from ..tasks.choice import OptionTargets, WordTargets, choice_targets, flat_inputs
-from ..tasks.targets import Loss, Targets, classification_targets, lm_targets, real_tokens, token_figures
+from ..tasks.targets import (
+    Loss,
+    Targets,
+    class_targets,
+    classification_targets,
+    lm_targets,
+    real_tokens,
+    token_figures,
+)
 from .arguments import MoECalArguments
 from .aux_loss import RouterBalance
 from .optimizer_batch import ExampleLosses
@@ -48,6 +56,10 @@ class LossComputer:
         self._attached: AttachedReadout | None = None
         self._targets: AnyTargets | None = None
         self._alone: list[dict[str, Tensor]] = []
+        self._is_whole = False
+        self._whole: Tensor | None = None
+        self.evaluated: dict[str, Any] = {}
+        """Of the last `evaluate`, what [`MeanLoss.add`] takes."""
 
     def __enter__(self) -> LossComputer:
         with ExitStack() as stack:
@@ -84,14 +96,33 @@ class LossComputer:
             return choice_targets(inputs)
         if self._args.task == "lm":
             return lm_targets(inputs, per_token=self._args.example == "token")
-        config = self._model.config.get_text_config()
-        return classification_targets(inputs, config.pad_token_id, self._model.config.num_labels)
+        config = getattr(self._model, "config", None)
+        if config is None:  # a module of the user's own: its outputs are judged as they are
+            return class_targets(inputs)
+        return classification_targets(inputs, config.get_text_config().pad_token_id, config.num_labels)
 
     @contextmanager
-    def batch(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Gives the batch to run, as short as it can be; within the block a forward of it can be judged."""
+    def batch(self, inputs: Mapping[str, Any], *, whole: bool = False) -> Iterator[dict[str, Any]]:
+        """Gives the batch to run, as short as it can be; within the block a forward of it can be judged.
+
+        Args:
+            inputs (`Mapping`): the batch, as its collator made it.
+            whole (`bool`, *optional*, defaults to `False`): whether a language model is asked at all positions, also
+                of rows without labels; see [`whole`].
+        """
+        self._is_whole, self._whole = whole, None
+        if whole:
+            self._targets = None if inputs.get("labels") is None else self.targets(inputs)
+            asked = torch.arange(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
+            alone = len(self._attached.members) == 1 and self._attached.members[0].mixture is None
+            self._shape = inputs["input_ids"].shape
+            self._positions = None if self._targets is None else self._targets.tokens
+            with self._attached.at(None if alone else asked):
+                yield dict(inputs)
+            return
         self._targets = self.targets(inputs)
-        self._positions, self._shape = self._targets.tokens, inputs["input_ids"].shape
+        self._positions = self._targets.tokens
+        self._shape = inputs.get("input_ids", inputs["labels"]).shape
         inputs = flat_inputs(inputs) if self._args.task == "choice" else inputs
         watched = nullcontext() if self._routers is None else self._routers.watching(inputs)
         with self._replaying(inputs) as batch, self._attached.at(self._targets.tokens), watched:
@@ -117,18 +148,13 @@ class LossComputer:
         """Load-balancing loss of the forward, with gradient; `None` where it is off or the forward has no gradient."""
         return None if self._routers is None or not torch.is_grad_enabled() else self._routers.loss()
 
-    def losses(self, outputs: Any, *, plain: bool = False) -> Tensor:
+    def losses(self, outputs: Any) -> Tensor:
         """The objective's own loss of each example for each member, `[num_examples, M]`, with gradient.
 
         Args:
             outputs (`Any`): of the forward.
-            plain (`bool`, *optional*, defaults to `False`): gives the cross-entropy of all members' joint prediction
-                instead, `[num_examples, 1]`.
         """
         targets, args = self._targets, self._args
-        if plain:
-            rows = self._together(outputs, lambda part, logits: targets.row_values(part, logits, example_losses))
-            return targets.example_losses(rows, example_losses).unsqueeze(1)
         own = {"objective": args.objective, "label_smoothing": args.label_smoothing_factor}
         loss = partial(example_losses, **own, focal_gamma=args.focal_gamma)
         self._alone, columns = [], []
@@ -137,6 +163,19 @@ class LossComputer:
             columns.append(targets.example_losses(rows, loss))
             self._alone.append(alone)
         return torch.stack(columns, dim=1)
+
+    def evaluate(self, outputs: Any) -> Tensor:
+        """Mean cross-entropy of what all members predict together, over the batch's examples; with gradient."""
+        targets = self._targets
+        rows = self._together(outputs, lambda part, logits: targets.row_values(part, logits, example_losses))
+        losses = targets.example_losses(rows, example_losses)
+        row_of = targets.batch_rows(
+            targets.rows if self._args.task == "classification" else self._positions // self._shape[-1]
+        )
+        values = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)], dim=1)
+        by_row = values.new_zeros(self._shape[0], 2).index_add(0, row_of, values)
+        self.evaluated = {"rows": by_row, "packed": self._is_packed()}
+        return losses.mean()
 
     def expert_losses(self) -> Tensor:
         """Loss of each example's experts on their own, `[num_examples, M]`, with gradient; of the last `losses`."""
@@ -171,6 +210,8 @@ class LossComputer:
             # Trainer pads batches of fewer options with -100, which among log-probabilities is as good as zero.
             return {"logits": targets.scores(rows).log_softmax(-1)}
         if self._args.task == "lm":
+            if self._is_whole:
+                return {"logits": self.whole(outputs)}
             nll, confidence, prediction, brier = self.row_figures(outputs, token_figures).unbind(-1)
             correct = (prediction == targets.labels).float()
             return {"logits": self._spread(nll=nll, confidence=confidence, correct=correct, brier=brier)}
@@ -182,17 +223,27 @@ class LossComputer:
         labels = self._targets.labels
         return self._together(outputs, lambda part, logits: figures(logits, labels[part]))
 
-    def _spread(self, **figures: Tensor) -> dict[str, Tensor]:
-        """Figures of the judged positions, laid out like the batch.
-
-        Raises:
-            ValueError: a row holds several sequences, which nobody could tell apart any more.
+    def whole(self, outputs: Any) -> Tensor:
+        """What a language model predicts at all positions, `[B, S, V]`: its own logits, or the log-probabilities of a
+        mixture or committee; of a forward in a block of `batch(..., whole=True)`.
         """
-        if len(self._targets.rows.unique()) > len((self._positions // self._shape[1]).unique()):
-            raise ValueError(
-                "Packed batches can be trained on, but not evaluated, since figures are kept per sequence; set "
-                "per_device_eval_batch_size=1 if the data collator packs, or evaluate on sequences not yet packed."
-            )
+        if self._whole is None and len(self._attached.members) == 1 and self._attached.members[0].mixture is None:
+            self._whole = logits_of(outputs)
+        elif self._whole is None:
+            self._whole = self._attached.together(outputs, lambda part, log_probs: log_probs)
+            self._whole = self._whole.unflatten(0, tuple(self._shape))
+        return self._whole
+
+    def _is_packed(self) -> bool:
+        """Whether a row of the batch holds several sequences."""
+        targets = self._targets
+        if not isinstance(targets, Targets) or self._args.task != "lm":
+            return False
+        return len(targets.rows.unique()) > len((self._positions // self._shape[1]).unique())
+
+    def _spread(self, **figures: Tensor) -> dict[str, Tensor]:
+        """Figures of the judged positions, laid out like the batch, with the sequence that each belongs to."""
+        figures["sequence"] = self._targets.rows.to(next(iter(figures.values())).dtype)
         spread = {}
         for name, values in figures.items():
             spread[name] = values.new_full(self._shape, IGNORED_LABEL)
@@ -246,6 +297,8 @@ class LossComputer:
 
     def _together(self, outputs: Any, reduce: Callable[[slice, Tensor], Tensor]) -> Tensor:
         """`reduce` over chunks of what all members predict together at the judged rows."""
+        if self._is_whole:
+            return reduce(slice(None), self.whole(outputs).flatten(0, 1)[self._targets.tokens])
         if len(self._attached.members) == 1:
             return self._reduced(0, outputs, reduce)
         if self._args.task == "classification":

@@ -138,7 +138,7 @@ def _obstacles(
     args: MoECalArguments, model: Any, *, sharded: bool, adapted: bool
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """What the model and the launch exclude; each sees what the ones before it changed."""
-    if adapted and args.train != "all":
+    if (adapted or hasattr(model, "peft_config")) and args.train != "all":
         yield {"train": "all", "readout_members": 1}, "an adapter chose what trains already"
     if sharded:
         yield _ALONE, "experts that run again outside their layer would lose sharded weights"

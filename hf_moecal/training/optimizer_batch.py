@@ -95,7 +95,12 @@ class OptimizerBatch:
 
     def known(self, index: int) -> ExampleLosses | None:
         """What a micro-batch measured before the batch was weighed; after that a probe has nothing to tell."""
-        return None if self.summary is None else self.measured[index]
+        return None if self.losses is None else self.measured[index]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no process has an example with a label in it; known once it is weighed."""
+        return self.losses is not None and len(self.losses) == 0
 
     def settle(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Completes the gradients after the last backward pass; `False` if the batch must be run again."""
@@ -105,19 +110,19 @@ class OptimizerBatch:
         """Gathers every process's measurements and sets the coefficients of this process's micro-batches.
 
         Raises:
-            ValueError: a loss is NaN or infinite, or nothing in the whole batch has a label.
+            ValueError: a loss is NaN or infinite.
         """
         own = torch.stack([torch.cat(column) for column in zip(*self.measured, strict=True)], dim=1)
         rows, start = gather_rows(own, self.accelerator)
-        if len(rows) == 0:
-            raise ValueError(
-                "No example of this optimizer batch has a label (all are -100); check the labels of the dataset."
-            )
+        self.losses = rows[:, 0]
+        if self.is_empty:
+            self.coefficients = [measured.losses for measured in self.measured]  # none at all
+            self.summary = None
+            return
         results, summaries = zip(*map(self._weighed, rows.unbind(2)), strict=True)
         coefficients = torch.stack([result.coefficients for result in results], dim=1)
         self.share = 1 / len(rows)
         self.coefficients = list(coefficients[start : start + len(own)].split([len(m.losses) for m in self.measured]))
-        self.losses = rows[:, 0]
         self.summary = _joint(summaries)
         self._constant = self.summary.objective - (coefficients * self.losses).sum().item()
 
@@ -189,27 +194,27 @@ def _joint(summaries: tuple[BatchSummary, ...]) -> BatchSummary:
     return means._replace(objective=sum(summary.objective for summary in summaries))
 
 
-def without_repeats(batches: list, accelerator: Accelerator) -> list:
+def without_repeats(batch: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
     """Takes the labels off the rows that a data loader repeats at its end to give every process as many.
 
     Rows without label are no examples of the objective; their tokens still run, and count in the load of the routers.
 
     Args:
-        batches (`list`): micro-batches that were just taken from the active data loader, the last one last.
+        batch (`dict`): the micro-batch that was just taken from the active data loader.
         accelerator (`Accelerator`): that prepared the loader.
 
     Raises:
         ValueError: the loader repeats rows, and which cannot be known.
     """
     loader = accelerator.gradient_state.active_dataloader
-    at_end = bool(batches) and getattr(loader, "end_of_dataloader", False)
-    if accelerator.num_processes == 1 or not at_end or batches[-1].get("labels") is None:
-        return batches
-    labels = batches[-1]["labels"].clone()
+    at_end = getattr(loader, "end_of_dataloader", False)
+    if accelerator.num_processes == 1 or not at_end or batch.get("labels") is None:
+        return batch
+    labels = batch["labels"].clone()
     rows = loader.remainder if isinstance(loader, DataLoaderDispatcher) else _rows_at_end(loader)
     if rows is not None:
         labels[max(rows - accelerator.process_index * len(labels), 0) :] = IGNORED_LABEL
-    return [*batches[:-1], {**batches[-1], "labels": labels}]
+    return {**batch, "labels": labels}
 
 
 def _rows_at_end(loader: Any) -> int | None:

@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from .arguments import MoECalArguments
 from .compatibility import check_arguments
+from .prepared import named_arguments
 from .trainer import MoECalMixin
 
 
@@ -113,9 +114,12 @@ class MoECalSFTTrainer(MoECalMixin, SFTTrainer):
     """
 
     needs_labels = False  # SFTTrainer makes them
-    prediction_step = Trainer.prediction_step  # SFTTrainer's runs the model a second time, for logits over all tokens
+    _predicted = Trainer.prediction_step  # SFTTrainer's runs the model a second time, for logits over all tokens
 
-    def __init__(self, model: str | nn.Module | None = None, args: MoECalSFTConfig | None = None, **kwargs: Any):
+    def __init__(
+        self, model: str | nn.Module | None = None, args: MoECalSFTConfig | None = None, *given: Any, **kwargs: Any
+    ):
+        kwargs = named_arguments(super(MoECalMixin, self).__init__, given, kwargs)
         if not isinstance(args, MoECalSFTConfig):
             raise ValueError(f"`args` must be a hf_moecal.training.sft.MoECalSFTConfig, got {type(args).__name__}.")
         if kwargs.get("peft_config") is not None and args.train != "all" and "train" not in args.filled:
@@ -138,7 +142,7 @@ class MoECalSFTTrainer(MoECalMixin, SFTTrainer):
     ) -> Any:
         """As [`MoECalTrainer`] does, past SFTTrainer's, which would run the model again for its figures."""
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        with self._loss_computer.batch(inputs) as batch:
+        with self._judged(), self._batch(inputs, return_outputs) as batch:
             loss, outputs = Trainer.compute_loss(self, model, batch, return_outputs=True)
             self._count(outputs, tokens=ids.numel() if mask is None else mask.sum())
             return (loss, self._loss_computer.predictions(outputs)) if return_outputs else loss

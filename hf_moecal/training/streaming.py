@@ -48,7 +48,7 @@ class ScaledBatch(OptimizerBatch):
         value = 0.0
         if self.at_end:
             self.weigh()
-            value = self.summary.objective
+            value = 0.0 if self.is_empty else self.summary.objective
         return term - term.detach() + value  # the gradient of the term; values that add up to F
 
     @torch.no_grad()

@@ -8,50 +8,79 @@ coefficient c_i = dF/dl_i; each micro-batch then back-propagates sum_i c_i l_i.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
-from ..hub.checkpoint_files import write_training_record
 from ..metrics import calibration_metrics
-from ..model.freezing import CONTAINER, set_trainable, what_trains
-from ..model.lora import add_lora
+from ..model.freezing import CONTAINER, what_trains
 from ..probes import find_moe_layers
-from ..readouts.committee import add_members, count_members, member_names, save_members
-from ..readouts.mixture import Readout
-from ..readouts.recorded import record_readout
+from ..readouts.committee import member_names
 from ..tasks.choice import CHOICE_COLUMNS, ChoiceCollator
 from .arguments import MoECalArguments
 from .aux_loss import balance_coefficient
-from .checkpoints import check_resumed, checkpoint_to_resume, record_run, restore_weights
-from .compatibility import check_arguments, check_datasets, check_distribution, check_optimizer, checked_loader
+from .checkpoints import CheckpointMixin, check_resumed, checkpoint_to_resume
+from .compatibility import (
+    check_arguments,
+    check_carried,
+    check_datasets,
+    check_distribution,
+    check_model,
+    check_optimizer,
+    checked_loader,
+    label_name,
+)
+from .evaluation import EvaluationMixin
 from .losses import LossComputer
 from .methods import is_sharded, settle
 from .optimizer_batch import BatchSummary, OptimizerBatch, RandomState, average_summaries, without_repeats
+from .prepared import MADE_WITH, check_trial, named_arguments, prepared_model
+from .publishing import PublishingMixin
 from .streaming import choose_batch_type
 
 
-class MoECalMixin:
+class MoECalMixin(EvaluationMixin, CheckpointMixin, PublishingMixin):
     """Makes the Trainer behind it optimise `args.objective` over the whole optimizer batch; see [`MoECalTrainer`]."""
 
     loss_is_scaled_for_ga = True  # the coefficients are derivatives over the whole optimizer batch
     needs_labels = True  # in the datasets; a trainer that makes the labels itself needs none
 
-    def __init__(self, model: nn.Module | None = None, args: MoECalArguments | None = None, **kwargs: Any):
+    def __init__(
+        self, model: nn.Module | None = None, args: MoECalArguments | None = None, *given: Any, **kwargs: Any
+    ):
+        kwargs = named_arguments(super().__init__, given, kwargs)
         check_arguments(args, kwargs)
-        check_datasets(kwargs.get("train_dataset"), kwargs.get("eval_dataset"), labelled=self.needs_labels)
-        adapted = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
-        self.method = settle(args, model, sharded=is_sharded(args), adapted=adapted)
-        model = _prepared(model, args)
+        self._label_name = label_name(args)
+        labels = {self._label_name} if self.needs_labels else None
+        check_datasets(kwargs.get("train_dataset"), kwargs.get("eval_dataset"), labels=labels)
+        adapted = kwargs.get("peft_config") is not None
+        self.method = "" if model is None else settle(args, model, sharded=is_sharded(args), adapted=adapted)
+        model = prepared_model(model, args)
         if args.task == "choice" and kwargs.get("data_collator") is None:
             kwargs["data_collator"] = ChoiceCollator(kwargs.get("processing_class"))
+        self._running: ExitStack | None = None
+        self._loss_computer: LossComputer | None = None
         super().__init__(model=model, args=args, **kwargs)
         check_distribution(self)
         check_optimizer(self.optimizer, self.model, args)
+        self.label_names = ["labels"]
+        self._settle()
+        self._optimizer_batch: OptimizerBatch | None = None
+        self._measuring: int | None = None
+        self._start_over()
+        self.compute_loss_func = self._objective_loss
+        own = self.compute_metrics is not None or self.preprocess_logits_for_metrics is not None
+        self._gives_logits = own and not getattr(self.compute_metrics, "takes_figures", False)
+        if self.compute_metrics is None:
+            self.compute_metrics = calibration_metrics()
+
+    def _settle(self) -> None:
+        """Settles what depends on the model and the arguments, of which a search may change both for each trial."""
+        args = self.args
+        check_model(self.model, args)
         cached = args.prefix_cache is not None or args.readout_members > 1
         self._balance = balance_coefficient(self.model, args.router_aux_loss_coef, cached=cached)
         balanced = f"router aux loss times {self._balance:g}" if self._balance else "no router aux loss"
@@ -61,13 +90,12 @@ class MoECalMixin:
         )
         if args.objective == "robust_filtered" or args.readout != "native":
             find_moe_layers(self.model)  # refuses a model without mixtures now, not after the warm-up
-        self._optimizer_batch: OptimizerBatch | None = None
-        self._measuring: int | None = None
-        self._loss_computer: LossComputer | None = None
+
+    def _start_over(self) -> None:
+        """Forgets the optimizer batches of a run."""
         self._summaries: list[BatchSummary] = []
-        self.compute_loss_func = self._objective_loss
-        if self.compute_metrics is None:
-            self.compute_metrics = calibration_metrics()
+        self._steps = {"trained": 0, "skipped": 0, "skipped since the last log": 0}
+        self._carried: list = []
 
     # What Trainer calls, in the order in which it calls them.
 
@@ -76,36 +104,59 @@ class MoECalMixin:
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
             check_resumed(resume_from_checkpoint, self.args)
+        self._start_over()
+        with ExitStack() as self._running:
+            try:
+                if self.model_init is None:
+                    self._begin()
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            finally:
+                self._running = None
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        made = super().call_model_init(trial)
+        self.method = settle(self.args, made, sharded=is_sharded(self.args))
+        self._made_with = {name: getattr(self.args, name) for name in MADE_WITH}
+        return prepared_model(made, self.args)
+
+    def _begin(self) -> None:
+        """Attaches to the model, until training ends, what gives its losses."""
+        if self.model_init is not None:
+            check_trial(self.args, self._made_with)
+            self._settle()
         self.accelerator.print(self.method)
         self.accelerator.print(self.trains)
-        with self._judged():
-            self._loss_computer.prepare(self.train_dataset)
-            if self.normalizes and self.args.normalizer == "auto":
-                self.accelerator.print(self.normalizes)
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Serves `evaluate` and `predict`; over a dict of sets `evaluate` gives `eval_<set>_ece` and the like."""
-        with self._judged():
-            return super().evaluation_loop(*args, **kwargs)
+        self._running.enter_context(self._judged())
+        self._loss_computer.prepare(self.train_dataset)
+        if self.normalizes and self.args.normalizer == "auto":
+            self.accelerator.print(self.normalizes)
 
     def get_train_dataloader(self) -> Any:
+        if self._running is not None and self._loss_computer is None:  # a model that was only made by now
+            self._begin()
         return checked_loader(super().get_train_dataloader(), self.accelerator)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        batches, count = super().get_batch_samples(*args, **kwargs)
-        batches = without_repeats(batches, self.accelerator)
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, *args: Any) -> tuple[list, Any]:
+        carried, self._carried = self._carried, []
+        taken = (without_repeats(self._with_labels(batch), self.accelerator) for batch in epoch_iterator)
+        batches, count = super().get_batch_samples(taken, num_batches - len(carried), *args)
+        batches = carried + batches
+        if len(batches) < num_batches:  # a stream has ended inside of an optimizer batch, which the next epoch fills
+            self._carried = batches
+            check_carried(batches, self.args, started=self.state.global_step > 0)
+            return [], count
         eta = self.args.eta_at(self.state.global_step / self.state.max_steps)
         batch_type = self._batch_type if eta > 0 and len(batches) > 1 else OptimizerBatch
         self._optimizer_batch = batch_type(batches, args=self.args, accelerator=self.accelerator, eta=eta)
         if self.state.global_step == 0:
-            self._summaries = []  # those of a run that started again with a smaller batch
+            self._start_over()  # a run may start again with a smaller batch
         return batches, count
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         batch, device = self._optimizer_batch, self.args.device
         batch.position += 1
         if batch.position == 0:
+            model.zero_grad()  # an epoch that was stopped early leaves gradients of a batch that made no step
             self._first_pass(model)
         self._set_random_state()
         with self._measuring_batch(batch.position):
@@ -120,136 +171,43 @@ class MoECalMixin:
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         # Without the count, Trainer does not multiply by the world size: our mean is over the whole batch already.
-        with self._loss_computer.batch(inputs) as inputs:
+        with self._judged(), self._batch(inputs, return_outputs) as inputs:
             found = super().compute_loss(model, inputs, return_outputs=return_outputs)
             return (found[0], self._loss_computer.predictions(found[1])) if return_outputs else found
+
+    def _batch(self, inputs: dict[str, Any], return_outputs: bool) -> AbstractContextManager[dict[str, Any]]:
+        whole = self.args.task == "lm" and return_outputs and self._gives_logits and self._measuring is None
+        return self._loss_computer.batch(self._with_labels(inputs), whole=whole)
+
+    def _with_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch with its labels under the name that everything reads, if `label_names` gives them another."""
+        if self._label_name == "labels" or self._label_name not in inputs:
+            return inputs
+        return {"labels" if name == self._label_name else name: value for name, value in inputs.items()}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._summaries:
             logs = {**logs, **average_summaries(self._summaries, accelerator=self.accelerator)}
             self._summaries = []
+        if self._steps["skipped"] and not self._steps["trained"]:
+            raise ValueError(
+                f"No example has a label (all are -100) in any of the {self._steps['skipped']} optimizer batches so "
+                "far; check the labels of the dataset."
+            )
+        if "loss" in logs and self._steps["skipped since the last log"]:
+            logs = {**logs, "skipped_steps": self._steps["skipped since the last log"]}
+            self._steps["skipped since the last log"] = 0
         super().log(logs, *args, **kwargs)
-
-    def calibrate(self, dataset: Any, *, method: str | None = None) -> Any:
-        """Fits a calibration on validation rows and writes it beside the saved model, for `from_pretrained`.
-
-        Args:
-            dataset (`datasets.Dataset`): labelled rows that were not trained on, as [`hf_moecal.predict`] takes them.
-            method (`str`, *optional*): as in `moecal calibrate`; `args.calibration_method` if unset.
-
-        Returns:
-            [`~hf_moecal.calibration.selection.CalibrationResult`]: what was chosen, with figures on held-out rows
-            before and after; `None` on all processes but the main one.
-
-        Raises:
-            ValueError: the rows were trained on, or the task or a sharded model cannot be calibrated here.
-
-        Example:
-
-        ```python
-        trainer.train()
-        print(trainer.calibrate(data["validation"]).after["ece"])
-        ```
-        """
-        from .calibrating import calibrate_trained
-
-        return calibrate_trained(self, dataset, method=method)
-
-    def push_to_hub(self, commit_message: str = "Publish the model with its calibration", **kwargs: Any) -> str | None:
-        """Publishes the model with its calibration and a card that states it; see [`hf_moecal.hub.push`].
-
-        Args:
-            commit_message (`str`): of the one commit.
-            kwargs: `revision` and `token`, and what `Trainer.create_model_card` takes.
-
-        Returns:
-            `str`: address of the repository, on the main process.
-        """
-        from ..hub import push
-
-        revision, token = kwargs.pop("revision", None), kwargs.pop("token", None) or self.args.hub_token
-        kwargs.pop("blocking", None)  # one commit is over when the call is
-        self.save_model(_internal_call=True)  # which otherwise publishes, and so comes back here
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**kwargs)
-        self.save_training_record()
-        return push(
-            self.args.output_dir,
-            repo_id=self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
-            private=self.args.hub_private_repo,
-            revision=revision or self.args.hub_revision,
-            token=token,
-            commit_message=commit_message,
-        )
-
-    def save_training_record(self) -> None:
-        """Writes beside the weights how they were trained, and hashes of the training rows' text ids.
-
-        [`hf_moecal.hub.calibrate`] then refuses to fit a calibration on rows that the model has seen.
-        """
-        if self.is_world_process_zero():
-            write_training_record(self.args.output_dir, settings=self._settings(), ids=self._training_ids())
-
-    def _settings(self) -> dict[str, Any]:
-        names = (
-            "method",
-            "objective",
-            "eta",
-            "detach_weights",
-            "robust_warmup_ratio",
-            "train",
-            "seed",
-            "num_train_epochs",
-        )
-        if self.args.readout != "native" or self.args.readout_members > 1:
-            names += ("readout", "readout_experts", "readout_members", "expert_loss_weight")
-        base = getattr(self.model.config, "_name_or_path", None)
-        return {name: getattr(self.args, name) for name in names} | ({"base_model": base} if base else {})
-
-    def _training_ids(self) -> list[str]:
-        if "id" not in (getattr(self.train_dataset, "column_names", None) or ()):
-            return []
-        return [key for key in self.train_dataset["id"] if isinstance(key, str)]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self.args.task == "choice":  # read by the collator, not by the model
-            self._signature_columns = list(dict.fromkeys([*self._signature_columns, *CHOICE_COLUMNS]))
+        read = CHOICE_COLUMNS if self.args.task == "choice" else ()  # by the collator, not by the model
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *read, self._label_name]))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """A further member's parameters decay as member 0's do."""
         names = {name for name in super().get_decay_parameter_names(model) if not name.startswith(f"{CONTAINER}.")}
         return [*names, *(key for key, name in member_names(model).items() if name in names)]
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder, args = output_dir or self.args.output_dir, self.args
-            save_members(self.model, folder)
-            record_readout(folder, Readout(args.readout, args.readout_experts, members=args.readout_members))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            record_run(output_dir, self.args)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # so that `trainer_state.json`, which is next, comes last of all files
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._restore(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._restore(self.state.best_model_checkpoint)
-
-    def _restore(self, checkpoint: str) -> None:
-        """Loads what Trainer leaves out of a plain checkpoint; sharded ones and adapters load whole by themselves."""
-        if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            restore_weights(self.model, checkpoint)
 
     # The objective.
 
@@ -287,7 +245,7 @@ class MoECalMixin:
     def _objective_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         batch = self._optimizer_batch
         if self._measuring is None:  # evaluation
-            return self._loss_computer.losses(outputs, plain=True).mean()
+            return self._loss_computer.evaluate(outputs)
         balance = self._loss_computer.balance()  # before the replays of what follows
         losses = self._loss_computer.losses(outputs)
         batch.measured[self._measuring] = self._loss_computer.measure(losses, known=batch.known(self._measuring))
@@ -310,17 +268,34 @@ class MoECalMixin:
 
     def _close(self, model: nn.Module) -> None:
         batch = self._optimizer_batch
+        if batch.losses is None:
+            batch.weigh()
+        if batch.is_empty:
+            self._skip(model)
+            return
         if not batch.settle(self.model.parameters()):
             model.zero_grad()
             for position in range(batch.size):
                 batch.position = position
                 self._set_random_state()
                 self.accelerator.backward(self._forward(model, position))
-        if batch.summary is None:
-            batch.weigh()
+        self._steps["trained"] += 1
         self._summaries.append(batch.summary._replace(router_aux_loss=batch.mean_balance()))
         if batch.frontier is not None:  # replays went back in time: the next batch must not reuse these numbers
             batch.frontier.restore(self.args.device)
+
+    def _skip(self, model: nn.Module) -> None:
+        """Lets the optimizer pass over a batch in which no process has a label: to parameters without gradient it
+        does nothing, where zeros would still decay and move them.
+        """
+        if self.is_deepspeed_enabled or self.accelerator.scaler is not None:
+            raise ValueError(
+                "No example of this optimizer batch has a label (all are -100), and its step cannot be skipped under "
+                "DeepSpeed or fp16; drop rows without labels, or train in bf16."
+            )
+        model.zero_grad()
+        self._steps["skipped"] += 1
+        self._steps["skipped since the last log"] += 1
 
     @contextmanager
     def _judged(self) -> Iterator[None]:
@@ -378,20 +353,3 @@ class MoECalTrainer(MoECalMixin, Trainer):
 
     ```
     """
-
-
-def _prepared(model: Any, args: MoECalArguments) -> Any:
-    """The model with what trains chosen as `args.train` says."""
-    if args.train == "all":
-        return model
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"train={args.train!r} chooses parameters of the model, so give the model itself, loaded with "
-            f"from_pretrained, not {model!r}."
-        )
-    if args.train == "lora":
-        return add_lora(model, r=args.lora_r, alpha=args.lora_alpha)
-    set_trainable(model, args.train)
-    if args.readout_members > 1 or count_members(model) > 1:
-        add_members(model, args.readout_members, seed=args.seed)
-    return model

@@ -282,7 +282,6 @@ def test_bad_datasets_and_models_are_named(tmp_path):
         ({"train_dataset": rows, "eval_dataset": {"tweets": []}}, "Dataset 'tweets' is empty"),
         ({"train_dataset": Dataset.from_dict({"text": ["a"]})}, r"has no `label` column, only \['text'\]"),
         ({"train_dataset": rows, "compute_loss_func": len}, "`compute_loss_func` would replace the objective"),
-        ({"train_dataset": rows, "model_init": classification_model}, "`model_init` is not supported"),
     ]:
         with pytest.raises(ValueError, match=message):
             MoECalTrainer(model=model, args=args, data_collator=collate, **data)

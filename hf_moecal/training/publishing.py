@@ -1,0 +1,86 @@
+"""What [`MoECalMixin`] adds to publishing: the calibration, a card that states it, a record of how it was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..hub.checkpoint_files import write_training_record
+
+
+class PublishingMixin:
+    """How [`MoECalMixin`] publishes."""
+
+    def calibrate(self, dataset: Any, *, method: str | None = None) -> Any:
+        """Fits a calibration on validation rows and writes it beside the saved model, for `from_pretrained`.
+
+        Args:
+            dataset (`datasets.Dataset`): labelled rows that were not trained on, as [`hf_moecal.predict`] takes them.
+            method (`str`, *optional*): as in `moecal calibrate`; `args.calibration_method` if unset.
+
+        Returns:
+            [`~hf_moecal.calibration.selection.CalibrationResult`]: what was chosen, with figures on held-out rows
+            before and after; `None` on all processes but the main one.
+
+        Raises:
+            ValueError: the rows were trained on, or the task or a sharded model cannot be calibrated here.
+
+        Example:
+
+        ```python
+        trainer.train()
+        print(trainer.calibrate(data["validation"]).after["ece"])
+        ```
+        """
+        from .calibrating import calibrate_trained
+
+        return calibrate_trained(self, dataset, method=method)
+
+    def push_to_hub(self, commit_message: str = "Publish the model with its calibration", **kwargs: Any) -> str | None:
+        """Publishes the model with its calibration and a card that states it; see [`hf_moecal.hub.push`].
+
+        Args:
+            commit_message (`str`): of the one commit.
+            kwargs: `revision` and `token`, and what `Trainer.create_model_card` takes.
+
+        Returns:
+            `str`: address of the repository, on the main process.
+        """
+        from ..hub import push
+
+        revision, token = kwargs.pop("revision", None), kwargs.pop("token", None) or self.args.hub_token
+        kwargs.pop("blocking", None)  # one commit is over when the call is
+        self.save_model(_internal_call=True)  # which otherwise publishes, and so comes back here
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self.save_training_record()
+        return push(
+            self.args.output_dir,
+            repo_id=self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+            private=self.args.hub_private_repo,
+            revision=revision or self.args.hub_revision,
+            token=token,
+            commit_message=commit_message,
+        )
+
+    def save_training_record(self) -> None:
+        """Writes beside the weights how they were trained, and hashes of the training rows' text ids.
+
+        [`hf_moecal.hub.calibrate`] then refuses to fit a calibration on rows that the model has seen.
+        """
+        if self.is_world_process_zero():
+            write_training_record(self.args.output_dir, settings=self._settings(), ids=self._training_ids())
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("method", "objective", "eta", "detach_weights", "robust_warmup_ratio", "train", "seed")
+        names += ("num_train_epochs",)
+        if self.args.readout != "native" or self.args.readout_members > 1:
+            names += ("readout", "readout_experts", "readout_members", "expert_loss_weight")
+        base = getattr(self.model.config, "_name_or_path", None)
+        return {name: getattr(self.args, name) for name in names} | ({"base_model": base} if base else {})
+
+    def _training_ids(self) -> list[str]:
+        if "id" not in (getattr(self.train_dataset, "column_names", None) or ()):
+            return []
+        return [key for key in self.train_dataset["id"] if isinstance(key, str)]
