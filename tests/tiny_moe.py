@@ -23,6 +23,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from hf_moecal.model.classifier import register_classifier
+
 
 VOCABULARY = 128
 
@@ -240,9 +242,9 @@ def families() -> tuple[str, ...]:
     return tuple(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in _NOT_OWN and _is_moe(name))
 
 
-def classifier_families() -> tuple[str, ...]:
-    """Those that also have a sequence-classification head."""
-    return tuple(name for name in families() if name in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+def headless_families() -> tuple[str, ...]:
+    """Those that have no sequence-classification head in transformers."""
+    return tuple(name for name in families() if name not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
 
 
 def _is_moe(model_type: str) -> bool:
@@ -304,6 +306,8 @@ def tiny_model(
     torch.manual_seed(seed)
     labels = {"num_labels": 3} if classifier else {}
     config = tiny_config(model_type, every_layer=every_layer, **labels, **changes)
+    if classifier:
+        register_classifier(config)
     model = auto.from_config(config, attn_implementation="eager")
     if experts is not None:
         model.set_experts_implementation(experts)

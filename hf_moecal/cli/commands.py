@@ -296,10 +296,13 @@ def _probe(options: Options) -> None:
     from accelerate import PartialState
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+    from ..model.classifier import HEAD, register_classifier
     from ..probes.inspection import format_probe, probe_text
 
-    architectures = AutoConfig.from_pretrained(options.model).architectures or [""]
-    classifier = "ForSequenceClassification" in architectures[0]
+    config = AutoConfig.from_pretrained(options.model)
+    classifier = HEAD in (config.architectures or [""])[0]
+    if classifier:
+        register_classifier(config)
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     model, tokenizer = kind.from_pretrained(options.model), AutoTokenizer.from_pretrained(options.model)
     model.to(PartialState().device)

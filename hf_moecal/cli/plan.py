@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..model.classifier import register_classifier
 from ..model.freezing import set_trainable
 from ..model.lora import add_lora
 from ..probes import MoELayer, UnsupportedMoEError, find_moe_layers
@@ -278,7 +279,10 @@ def _build(recipe: Recipe, args: MoECalArguments) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(recipe.model)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # training needs the weights in full
-    kind = AutoModelForSequenceClassification if args.task == "classification" else AutoModelForCausalLM
+    kind = AutoModelForCausalLM
+    if args.task == "classification":
+        register_classifier(config)
+        kind = AutoModelForSequenceClassification
     if type(config) not in kind._model_mapping:
         raise ValueError(
             f"{config.model_type} has no {kind.__name__.removeprefix('AutoModelFor')} head in transformers; choose "

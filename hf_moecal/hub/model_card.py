@@ -28,6 +28,7 @@ def render_section(
     evaluation: Mapping[str, Any] | None,
     figures: Sequence[str],
     repo_id: str,
+    added_head: str | None = None,
 ) -> str:
     """Markdown of the calibration section.
 
@@ -37,8 +38,11 @@ def render_section(
         evaluation: `sets` and `dataset` from `moecal_evaluation.json`, if there is one.
         figures: paths of the reliability diagrams in the repository.
         repo_id: where the model is published.
+        added_head: the family of a classifier for which transformers has no classification head.
     """
     parts = ["## Calibration", "How far this model's confidence can be trusted, measured with `hf_moecal`."]
+    if added_head is not None:
+        parts += ["### Classification head", *_head(added_head, repo_id)]
     if training:
         parts += ["### Training", _bullets(training)]
     if evaluation:
@@ -144,6 +148,21 @@ def _sets_table(sets: Mapping[str, Mapping[str, Any]]) -> str:
         cells.append(_number(figures.get("signed_gap"), "+.3f"))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _head(family: str, repo_id: str) -> list[str]:
+    import transformers
+
+    return [
+        f"transformers {transformers.__version__} has no sequence-classification head for `{_inline(family)}`: its "
+        "`AutoModelForSequenceClassification` alone cannot load this model. The head is transformers' own generic one "
+        "(the last token's hidden state through a linear layer `score`), and `pip install hf_moecal` adds it; no code "
+        "of this repository is run:",
+        "```python\nfrom transformers import AutoConfig, AutoModelForSequenceClassification\n"
+        "from hf_moecal.model.classifier import register_classifier\n\n"
+        f'register_classifier(AutoConfig.from_pretrained("{repo_id}"))\n'
+        f'model = AutoModelForSequenceClassification.from_pretrained("{repo_id}")\n```',
+    ]
 
 
 def _readout(readout: Mapping[str, Any], repo_id: str) -> list[str]:

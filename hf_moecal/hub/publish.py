@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.record import FILE_NAME, read_json, read_record
+from ..model.classifier import is_added
 from ..model.loading import ADAPTER_CONFIG
 from ..readouts.committee import MEMBERS_FILE
 from ..readouts.mixture import Readout
@@ -142,6 +143,14 @@ def _found(model_dir: Path, patterns: Iterable[str]) -> dict[str, Path]:
     return {name: path for name, path in named.items() if _SAFE_NAME.match(name)}
 
 
+def _added_head(model_dir: Path) -> str | None:
+    """Family of a classifier whose head transformers does not have."""
+    path = model_dir / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    architecture, family = (config.get("architectures") or [""])[0], config.get("model_type", "")
+    return family if is_added(architecture, family) and not config.get("auto_map") else None
+
+
 def make_card(model_dir: Path, *, repo_id: str, published: str | None) -> str:
     """The card to publish, from the records in the folder, the folder's README.md and the published one."""
     record = read_record(model_dir) if (model_dir / FILE_NAME).exists() else None
@@ -153,6 +162,7 @@ def make_card(model_dir: Path, *, repo_id: str, published: str | None) -> str:
         evaluation=evaluation,
         figures=figures,
         repo_id=repo_id,
+        added_head=_added_head(model_dir),
     )
     local = model_dir / CARD
     return merge_card(

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .classifier import HEAD, label_arguments, register_classifier
+
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LANGUAGE_HEADS = ("ForCausalLM", "LMHeadModel", "CAUSAL_LM")
@@ -35,13 +37,14 @@ def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         return _load_adapter(path, hub, kwargs)
     config = AutoConfig.from_pretrained(path, **hub)
     architecture = (config.architectures or ["an unnamed architecture"])[0]
-    return _auto_class(architecture).from_pretrained(path, use_safetensors=True, **kwargs).eval()
+    return _auto_class(architecture, config).from_pretrained(path, use_safetensors=True, **kwargs).eval()
 
 
-def _auto_class(architecture: str) -> Any:
+def _auto_class(architecture: str, config: PreTrainedConfig) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    if architecture.endswith(("ForSequenceClassification", "SEQ_CLS")):
+    if architecture.endswith((HEAD, "SEQ_CLS")):
+        register_classifier(config)
         return AutoModelForSequenceClassification
     if architecture.endswith(_LANGUAGE_HEADS):
         return AutoModelForCausalLM
@@ -67,16 +70,17 @@ def language_vocabulary(path: str | Path) -> int | None:
 def _load_adapter(path: str | Path, hub: Mapping[str, Any], kwargs: Mapping[str, Any]) -> PreTrainedModel:
     """The base model with the adapter on it. The adapter's head says how many classes there are; its base does not."""
     from peft import PeftConfig, PeftModel
+    from transformers import AutoConfig
 
     adapter = PeftConfig.from_pretrained(path, **hub)
     task = getattr(adapter.task_type, "value", adapter.task_type)
-    auto = _auto_class(str(task or "An adapter without a task type"))
-    of_base = {key: value for key, value in kwargs.items() if key != "revision"}
+    of_base = {**kwargs, "revision": adapter.revision or "main"}
+    base_hub = {key: of_base[key] for key in HUB_ARGUMENTS if key in of_base}
+    config = AutoConfig.from_pretrained(adapter.base_model_name_or_path, **base_hub)
+    auto = _auto_class(str(task or "An adapter without a task type"), config)
     if task == "SEQ_CLS":
-        of_base.setdefault("num_labels", _num_labels(path, hub))
-    base = auto.from_pretrained(
-        adapter.base_model_name_or_path, revision=adapter.revision or "main", use_safetensors=True, **of_base
-    )
+        of_base |= label_arguments(config, of_base.pop("num_labels", None) or _num_labels(path, hub))
+    base = auto.from_pretrained(adapter.base_model_name_or_path, use_safetensors=True, **of_base)
     return PeftModel.from_pretrained(base, path, use_safetensors=True, **hub).eval()
 
 
@@ -96,11 +100,12 @@ def load_classifier(
     path: str, num_labels: int | None = None, *, seed: int = 0, dtype: str = "float32"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A sequence-classification model and its tokenizer; a head that the checkpoint lacks is drawn from `seed`."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
     set_seed(seed)
-    changes = {} if num_labels is None else {"num_labels": num_labels}
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(_whole(path))
+    register_classifier(config)
+    changes = {} if num_labels is None else label_arguments(config, num_labels)
     model = AutoModelForSequenceClassification.from_pretrained(path, **_precision(path, dtype), **changes)
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

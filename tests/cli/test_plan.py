@@ -16,7 +16,7 @@ from accelerate.utils.dataclasses import get_module_class_from_name
 from accelerate.utils.launch import prepare_multi_gpu_env
 from datasets import Dataset
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, ViTConfig
 
 from hf_moecal import MoECalArguments, MoECalTrainer, find_moe_layers
 from hf_moecal.cli.commands import main
@@ -434,7 +434,7 @@ def test_a_dense_model_trains_but_not_filtered(tmp_path):
     "changes, message",
     [
         ({"max_length": None}, "max_length"),
-        ({"config": tiny_config("olmoe")}, "no SequenceClassification head"),
+        ({"config": ViTConfig()}, "neither a sequence classifier nor a causal language model for ViTConfig"),
         ({"arguments": {"eta": -1.0}}, "eta"),
     ],
 )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hf_moecal import UnsupportedMoEError, find_moe_layers, probe_experts
 from tests.probes.helpers import TOLERANCE, UNSUPPORTED
 from tests.rerouting import brute_force
-from tests.tiny_moe import classifier_families, families, tiny_batch, tiny_model
+from tests.tiny_moe import families, tiny_batch, tiny_model
 
 
 TOKENS = torch.tensor([3, 8, 17])
@@ -81,11 +81,11 @@ def test_every_family_at_the_last_and_at_an_earlier_layer(model_type: str, exper
     check(model, inputs, TOKENS, 0)
 
 
-@pytest.mark.parametrize("model_type", [name for name in classifier_families() if name not in UNSUPPORTED])
+@pytest.mark.parametrize("model_type", [name for name in families() if name not in UNSUPPORTED])
 @torch.no_grad()
 def test_every_classifier(model_type: str) -> None:
     model = tiny_model(model_type, classifier=True)
-    inputs = tiny_batch(padding="left")
+    inputs = {**tiny_batch(padding="left"), "use_cache": False}
     check(model, inputs, torch.tensor([8, 17]), -1)
 
 

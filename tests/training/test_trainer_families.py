@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_moecal import MoECalTrainer, find_moe_layers
 from hf_moecal.objectives import robust_filtered, routing_relevance
-from tests.tiny_moe import classifier_families, families, tiny_model
+from tests.tiny_moe import families, tiny_model
 from tests.training.helpers import arguments, collate
 
 
@@ -56,7 +56,7 @@ def test_language_models(tmp_path, family, example):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(set(classifier_families()) - UNSUPPORTED))
+@pytest.mark.parametrize("family", sorted(set(families()) - UNSUPPORTED))
 def test_classifiers(tmp_path, family):
     model = tiny_model(family, classifier=True)
     vocabulary = model.config.get_text_config().vocab_size
