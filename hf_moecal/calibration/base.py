@@ -93,7 +93,7 @@ class Calibrator:
         if rows.labels_on_zero:
             self._warn(
                 f"{rows.labels_on_zero} of {len(rows)} labels have a probability of zero, as rounding makes it; zeros "
-                "are taken as half the smallest probability of the table. Fit on logits, or on unrounded probabilities."
+                "are taken as half the smallest probability of the table. Fit on logits, or on exact probabilities."
             )
         self._fit(rows)
         self.fitted = True

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .tables import add_samples, given, grouped_by, judged_by
+
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("evaluate", _evaluate, "Print the calibration figures of a predictions table, per group.")
     evaluate.add_argument("table", nargs="?", help="predictions table: .parquet, .jsonl or .csv")
-    evaluate.add_argument("--lm-eval-samples", metavar="FILE", help="a --log_samples file of lm-evaluation-harness")
+    add_samples(evaluate)
     evaluate.add_argument("--group", default="group", help="column that names the group (default: group)")
     evaluate.add_argument("--confidence", metavar="COLUMN", help="judge this confidence, with --correct")
     evaluate.add_argument("--correct", metavar="COLUMN", help="column that says whether, or how far, a row is right")
@@ -82,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print every figure as JSON")
 
     calibrate = command("calibrate", _calibrate, "Fit a post-hoc calibration and write calibration.json.")
-    calibrate.add_argument("table", help="predictions on labelled data that the model was not trained on")
+    calibrate.add_argument("table", nargs="?", help="predictions on labelled data that the model was not trained on")
+    add_samples(calibrate)
     calibrate.add_argument("--model", required=True, help="folder of the checkpoint")
     calibrate.add_argument("--method", default="auto", help="auto (cross-validated choice) or a method's name")
     calibrate.add_argument("--data-name", help="name of the data, for the record")
@@ -196,53 +199,20 @@ def _predict(options: Options) -> None:
 def _evaluate(options: Options) -> None:
     from ..metrics import table_report
     from ..report import collect, format_table
-    from ..table import read_table
 
-    if (options.table is None) == (options.lm_eval_samples is None):
-        raise ValueError("give either a predictions table or --lm-eval-samples FILE.")
-    if options.lm_eval_samples is not None:
-        from ..predictions.lm_eval import read_lm_eval_samples
-
-        table = read_lm_eval_samples(options.lm_eval_samples)
-    else:
-        table = read_table(options.table)
-    table = _judged_by(_grouped_by(table, options.group), options.confidence, options.correct)
+    table = judged_by(grouped_by(given(options), options.group), options.confidence, options.correct)
     if options.json:
         print(json.dumps(table_report(table, bins=options.bins), indent=1))
     else:
         print(format_table(collect({"": table}, title="", bins=options.bins)))
 
 
-def _grouped_by(table: Dataset, column: str) -> Dataset:
-    """The table with the named column as its `group`."""
-    if column == "group":
-        return table if "group" in table.column_names else table.add_column("group", ["all"] * len(table))
-    if column not in table.column_names:
-        raise ValueError(f"the table has no column {column!r}; it has {table.column_names}.")
-    kept = table.remove_columns("group") if "group" in table.column_names else table
-    return kept.rename_column(column, "group")
-
-
-def _judged_by(table: Dataset, confidence: str | None, correct: str | None) -> Dataset:
-    """The table with the named columns as its `confidence` and `correct`, without what else could be judged."""
-    if confidence is None and correct is None:
-        return table
-    named = {"confidence": confidence or "confidence", "correct": correct or "correct"}
-    missing = [name for name in named.values() if name not in table.column_names]
-    if missing:
-        raise ValueError(f"the table has no column {missing[0]!r}; it has {table.column_names}.")
-    judged = table.select_columns(["group"])
-    for name, column in named.items():
-        judged = judged.add_column(name, [float("nan") if value is None else value for value in table[column]])
-    return judged
-
-
 def _calibrate(options: Options) -> None:
     from ..hub import calibrate
-    from ..table import read_table
 
-    data = {"name": options.data_name or Path(options.table).name}
-    result = calibrate(options.model, read_table(options.table), method=options.method, data=data)
+    table = given(options)
+    data = {"name": options.data_name or Path(options.table or options.lm_eval_samples).name}
+    result = calibrate(options.model, table, method=options.method, data=data, progress=True)
     print("\n".join(result.lines()))
 
 
@@ -335,7 +305,7 @@ def _push(options: Options) -> None:
 
     evaluation = None
     if options.table is not None:
-        evaluation = table_report(_grouped_by(read_table(options.table), "group"))["groups"]
+        evaluation = table_report(grouped_by(read_table(options.table), "group"))["groups"]
     url = push(
         options.model,
         repo_id=options.repo_id,

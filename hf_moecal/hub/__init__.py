@@ -103,13 +103,14 @@ def calibrate(
     data: Mapping[str, Any] | None = None,
     folds: int = 5,
     seed: int = 0,
+    progress: bool = False,
 ) -> CalibrationResult:
     """Fits a calibration on a checkpoint's predictions, writes it beside the weights, and says what it does.
 
     Args:
         model_dir: folder of the checkpoint whose predictions these are.
         table: predictions on labelled data that the model was not trained on.
-        method, folds, seed: see [`~hf_moecal.calibration.selection.calibrate_table`].
+        method, folds, seed, progress: see [`~hf_moecal.calibration.selection.calibrate_table`].
         data: `name` and `revision` of the data, for the record and the model card.
 
     Returns:
@@ -121,7 +122,8 @@ def calibrate(
     """
     readout = _readout_of(table, model_dir)
     _check_scores(table, Path(model_dir))
-    result = calibrate_table(table, method=method, folds=folds, seed=seed, training_ids=load_training_ids(model_dir))
+    settings = {"method": method, "folds": folds, "seed": seed, "progress": progress}
+    result = calibrate_table(table, training_ids=load_training_ids(model_dir), **settings)
     write_calibration(
         model_dir,
         result.calibrator,
@@ -161,8 +163,8 @@ def _check_scores(table: Table, model_dir: Path) -> None:
     if vocabulary is not None and scoring is None and width != vocabulary:
         raise ValueError(
             f"The table has {width} scores per row and does not say what they are of, and the checkpoint is a "
-            f"language model of {vocabulary} tokens. Add a column 'scoring' with one of {', '.join(map(repr, SCORINGS))} (see "
-            "hf_moecal.table), or make the table with hf_moecal.predict."
+            f"language model of {vocabulary} tokens. Add a column 'scoring' with one of "
+            f"{', '.join(map(repr, SCORINGS))} (see hf_moecal.table), or make the table with hf_moecal.predict."
         )
 
 
