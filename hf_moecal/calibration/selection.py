@@ -100,8 +100,8 @@ class CalibrationResult:
         lines += [f"Warning: {sentence}" for sentence in self.warnings]
         if not isinstance(self.calibrator, PerClass):
             lines.append(
-                "If data of another kind are to come, label about 100 of its rows and fit 'vector' on these: a scale and "
-                "a shift per class mend what no temperature can."
+                "If data of another kind are to come, label about 100 rows of them and fit 'vector' on these: a scale "
+                "and a shift per class mend what no temperature can."
             )
         return lines
 

@@ -15,9 +15,7 @@ def add_samples(command: argparse.ArgumentParser) -> None:
     samples = "a --log_samples file of lm-evaluation-harness, or a folder of them, instead of a table"
     runs = "how the date of a run begins (default: each task's newest)"
     command.add_argument("--lm-eval-samples", metavar="PATH", help=samples)
-    command.add_argument(
-        "--run", dest="date", metavar="DATE", help="how the date of a run begins (default: each task's newest)"
-    )
+    command.add_argument("--run", dest="date", metavar="DATE", help=runs)
     command.add_argument("--filter", metavar="NAME", help="one of the harness's filters, if there are several")
 
 
