@@ -64,6 +64,9 @@ class Calibrator:
 
     fitted: bool = False
 
+    zero: float | None = None
+    """What probabilities of zero were taken for in the fit, where labels had one."""
+
     scoring: str | None = None
     """How the options were scored that it was fitted on; `None` for the model's own logits (classes, tokens)."""
 
@@ -87,14 +90,13 @@ class Calibrator:
 
     def fit_rows(self, rows: Rows) -> Self:
         """Fits on rows that are read and checked already; what it has to say stays in `warnings`."""
-        self.warnings, self.scoring = (), scoring_of(rows.table)
+        self.warnings, self.scoring, self.zero = (), scoring_of(rows.table), rows.zero
         if misfit := self.misfit(rows):
             self._warn(misfit)
         if rows.labels_on_zero:
             self._warn(
                 f"{rows.labels_on_zero} of {len(rows)} labels have a probability of zero, as rounding makes it; "
-                "zeros are taken as half the smallest probability of the table. Fit on logits, or on unrounded "
-                "probabilities."
+                f"zeros are taken for {rows.zero:.2g}, which fits best. Fit on logits, or on exact probabilities."
             )
         self._fit(rows)
         self.fitted = True
@@ -120,15 +122,16 @@ class Calibrator:
         """
         self.require_fitted()
         self.check_scoring(scoring_of(table))
-        rows = Rows(table, labelled=False)
+        rows = Rows(table, labelled=False, zero=self.zero)
         probs = np.exp(self._log_probs(rows))
         fresh = {} if "logits" in names(table) else {"logits": rows.logits}
-        return _with_columns(table, {**fresh, **_decided(probs / probs.sum(axis=1, keepdims=True))})
+        return with_columns(table, {**fresh, **_decided(probs / probs.sum(axis=1, keepdims=True))})
 
     def save(self, path: str | Path) -> Path:
         """Writes the method and its parameters as `calibration.json` (JSON only) and returns the file's path."""
         self.require_fitted()
-        record = CalibrationRecord(method=self.method, parameters=self.parameters(), scoring=self.scoring)
+        of_scores = {"scoring": self.scoring, "zero": self.zero}
+        record = CalibrationRecord(method=self.method, parameters=self.parameters(), **of_scores)
         return write_record(path, record)
 
     @classmethod
@@ -196,7 +199,8 @@ def _decided(probs: np.ndarray) -> dict[str, np.ndarray]:
     return {"probs": probs, "prediction": probs.argmax(axis=1), "confidence": probs.max(axis=1)}
 
 
-def _with_columns(table: Table, fresh: Mapping[str, np.ndarray]) -> Table:
+def with_columns(table: Table, fresh: Mapping[str, np.ndarray]) -> Table:
+    """The table with these columns, in place of its own of the same names."""
     if isinstance(table, Mapping):
         return {**table, **fresh}
     order = list(dict.fromkeys([*table.column_names, *fresh]))

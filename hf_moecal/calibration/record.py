@@ -43,6 +43,7 @@ class CalibrationRecord:
             [`~hf_moecal.readouts.mixture.Readout`]); the method's parameters are of its predictions.
         scoring: how the answer options were scored whose scores the method calibrates, one of
             [`~hf_moecal.table.SCORINGS`]; `None` where it calibrates the model's own logits.
+        zero: what probabilities that rounding had made zero were taken for in the fit.
     """
 
     method: str
@@ -56,6 +57,7 @@ class CalibrationRecord:
     baked: dict[str, Any] | None = None
     readout: dict[str, Any] | None = None
     scoring: str | None = None
+    zero: float | None = None
 
 
 def read_record(path: str | Path) -> CalibrationRecord:
@@ -244,4 +246,5 @@ _FIELDS = {
     "baked": _is_figures,
     "readout": _is_figures,
     "scoring": lambda value: value is None or value in SCORINGS,
+    "zero": lambda value: value is None or (is_number(value) and 0 < value < 1),
 }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .tables import grouped_by, judged_by, read_given
+from .tables import add_samples, given, grouped_by, judged_by, read_given
 
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("evaluate", _evaluate, "Print the calibration figures of a predictions table, per group.")
     evaluate.add_argument("table", nargs="?", help="predictions table: .parquet, .jsonl or .csv")
-    evaluate.add_argument("--lm-eval-samples", metavar="FILE", help="a --log_samples file of lm-evaluation-harness")
+    add_samples(evaluate)
     evaluate.add_argument("--group", default="group", help="column that names the group (default: group)")
     evaluate.add_argument("--confidence", metavar="COLUMN", help="judge this confidence, with --correct")
     evaluate.add_argument("--correct", metavar="COLUMN", help="column that says whether, or how far, a row is right")
@@ -84,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print every figure as JSON")
 
     calibrate = command("calibrate", _calibrate, "Fit a post-hoc calibration and write calibration.json.")
-    calibrate.add_argument("table", help="predictions on labelled data that the model was not trained on")
+    calibrate.add_argument("table", nargs="?", help="predictions on labelled data that the model was not trained on")
+    add_samples(calibrate)
     calibrate.add_argument("--model", required=True, help="folder of the checkpoint")
     calibrate.add_argument("--method", default="auto", help="auto (cross-validated choice) or a method's name")
     calibrate.add_argument("--data-name", help="name of the data, for the record")
@@ -201,15 +202,7 @@ def _evaluate(options: Options) -> None:
     from ..metrics import table_report
     from ..report import collect, format_table
 
-    if (options.table is None) == (options.lm_eval_samples is None):
-        raise ValueError("give either a predictions table or --lm-eval-samples FILE.")
-    if options.lm_eval_samples is not None:
-        from ..predictions.lm_eval import read_lm_eval_samples
-
-        table = read_lm_eval_samples(options.lm_eval_samples)
-    else:
-        table = read_given(options.table, renormalize=options.renormalize)
-    table = judged_by(grouped_by(table, options.group), options.confidence, options.correct)
+    table = judged_by(grouped_by(given(options), options.group), options.confidence, options.correct)
     if options.json:
         print(json.dumps(table_report(table, bins=options.bins), indent=1))
     else:
@@ -219,10 +212,9 @@ def _evaluate(options: Options) -> None:
 def _calibrate(options: Options) -> None:
     from ..hub import calibrate
 
-    data = {"name": options.data_name or Path(options.table).name}
-    result = calibrate(
-        options.model, read_given(options.table, renormalize=options.renormalize), method=options.method, data=data
-    )
+    table = given(options)
+    data = {"name": options.data_name or Path(options.table or options.lm_eval_samples).name}
+    result = calibrate(options.model, table, method=options.method, data=data, progress=True)
     print("\n".join(result.lines()))
 
 

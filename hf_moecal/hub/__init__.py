@@ -7,13 +7,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..calibration import CalibrationRecord, Calibrator, from_record, read_record, write_record
-from ..calibration.base import TABLE_CALIBRATOR, TOKEN_SCORING, is_left_to_table
+from ..calibration.base import TABLE_CALIBRATOR, TOKEN_SCORING, is_left_to_table, with_columns
 from ..calibration.record import FILE_NAME, MAX_BYTES
 from ..calibration.rows import Rows, scoring_of
 from ..calibration.selection import AUTO, CalibrationResult, calibrate_table
 from ..calibration.temperature import IdentityCalibrator, TemperatureCalibrator
-from ..model.loading import HUB_ARGUMENTS, language_vocabulary, load_model
+from ..model.loading import HUB_ARGUMENTS, class_numbers, language_vocabulary, load_model
 from ..readouts.attached import ATTACHED
 from ..readouts.mixture import Readout
 from ..readouts.recorded import attach_readout, load_committee, recorded_readout, with_calibration
@@ -91,6 +93,7 @@ def write_calibration(
         versions=_versions(),
         readout=(recorded_readout(model_dir) if readout is None else readout).record(),
         scoring=calibrator.scoring,
+        zero=calibrator.zero,
     )
     return write_record(model_dir, record)
 
@@ -103,13 +106,15 @@ def calibrate(
     data: Mapping[str, Any] | None = None,
     folds: int = 5,
     seed: int = 0,
+    progress: bool = False,
 ) -> CalibrationResult:
     """Fits a calibration on a checkpoint's predictions, writes it beside the weights, and says what it does.
 
     Args:
         model_dir: folder of the checkpoint whose predictions these are.
-        table: predictions on labelled data that the model was not trained on.
-        method, folds, seed: see [`~hf_moecal.calibration.selection.calibrate_table`].
+        table: predictions on labelled data that the model was not trained on. Labels may be the texts that the
+            checkpoint's config has for its classes (`id2label`).
+        method, folds, seed, progress: see [`~hf_moecal.calibration.selection.calibrate_table`].
         data: `name` and `revision` of the data, for the record and the model card.
 
     Returns:
@@ -119,9 +124,10 @@ def calibrate(
         ValueError: the table cannot be used, holds rows that the checkpoint's record names as training data, is of
             a committee that the checkpoint is not, or does not say what a language model's scores are of.
     """
-    readout = _readout_of(table, model_dir)
+    readout, table = _readout_of(table, model_dir), _numbered(table, Path(model_dir))
     _check_scores(table, Path(model_dir))
-    result = calibrate_table(table, method=method, folds=folds, seed=seed, training_ids=load_training_ids(model_dir))
+    settings = {"method": method, "folds": folds, "seed": seed, "progress": progress}
+    result = calibrate_table(table, training_ids=load_training_ids(model_dir), **settings)
     write_calibration(
         model_dir,
         result.calibrator,
@@ -147,6 +153,21 @@ def _readout_of(table: Table, model_dir: str | Path) -> Readout:
             f"{own.name or 'native'!r}; predict with the checkpoint itself."
         )
     return readout
+
+
+def _numbered(table: Table, model_dir: Path) -> Table:
+    """The table with the numbers of its labels, where these are text that the checkpoint's config has numbers for."""
+    labels = columns(table, "label")["label"]
+    if labels.dtype.kind not in "OUS" or not len(labels):
+        return table
+    known = class_numbers(model_dir)
+    unknown = sorted({str(label) for label in labels.tolist()} - set(known))
+    if unknown:
+        raise ValueError(
+            f"Column 'label' holds {unknown[0][:30]!r}, which is none of the checkpoint's classes "
+            f"({', '.join(known) or 'it names none'}); give the number of each label in the order of the scores."
+        )
+    return with_columns(table, {"label": np.array([known[str(label)] for label in labels.tolist()])})
 
 
 def _check_scores(table: Table, model_dir: Path) -> None:
