@@ -24,9 +24,9 @@ def calibration_metrics(*, bins: int = DEFAULT_BINS, strategy: str = "equal_widt
     most likely token), `correct`, `nll` and `brier`, [N, S] each, -100 where nothing is supervised.
 
     Returns:
-        `Callable`: gives `ece`, `ece_debiased`, `nll`, `n_zero_probability`, `brier`, `accuracy`, `signed_gap` and `n`. For a language model
-        these are over tokens; `sequence_ece` and so on are over sequences, of which each counts once, with the means
-        over its tokens: mean confidence against the share of tokens that are right.
+        `Callable`: gives `ece`, `ece_debiased`, `nll`, `n_zero_probability`, `brier`, `accuracy`, `signed_gap`, `n`.
+        For a language model these are over tokens; `sequence_ece` and so on are over sequences, of which each counts
+        once, with the means over its tokens: mean confidence against the share of tokens that are right.
 
     Example:
 

@@ -41,6 +41,7 @@ class Bins(NamedTuple):
     confidence: np.ndarray
     accuracy: np.ndarray
     spread: np.ndarray  # variance of the events, given the confidences, against that of a binomial
+    residual: np.ndarray  # variance of confidence minus event
     rows: float  # effective rows of the whole
     shared: float  # by how much the variance of the sum exceeds that of independent bins
 
@@ -50,7 +51,7 @@ class Bins(NamedTuple):
         moments = moments[:, 1:] if moments.shape[1] == 2 else moments
         classes = moments.shape[1]
         some = moments[0].sum(-1) > 0
-        weight, mass, hits, mass2, _, squares, weight2 = moments.sum(-1)[:, some]
+        weight, mass, hits, mass2, cross, squares, weight2 = moments.sum(-1)[:, some]
         mean, count = mass / weight, weight**2 / weight2
         even = weight * mean * (1.0 - mean)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -59,7 +60,9 @@ class Bins(NamedTuple):
         spread *= soft_spread(moments)
         share = weight / weight.sum()
         rows = weight.sum() ** 2 / weight2.sum() / classes
-        return cls(share, count, mean, np.clip(hits / weight, 0.0, 1.0), spread, rows, 2.0 if classes > 2 else 1.0)
+        rate = np.clip(hits / weight, 0.0, 1.0)
+        residual = np.maximum((mass2 - 2.0 * cross + squares) / weight - (mean - rate) ** 2, 0.0)
+        return cls(share, count, mean, rate, spread, residual, rows, 2.0 if classes > 2 else 1.0)
 
     @property
     def error(self) -> float:
@@ -85,7 +88,10 @@ def merged(bins: Bins) -> Bins:
     even = mean * (1.0 - mean)
     within = float(share @ (bins.spread * bins.confidence * (1.0 - bins.confidence)))
     spread = min(1.0, within / even) if count * even >= _STEPS_SHOW else 1.0
-    one = [np.array([x]) for x in (1.0, count, mean, float(share @ bins.accuracy), spread)]
+    rate = float(share @ bins.accuracy)
+    gaps = bins.confidence - bins.accuracy
+    residual = float(share @ (bins.residual + gaps**2)) - (mean - rate) ** 2
+    one = [np.array([x]) for x in (1.0, count, mean, rate, spread, max(residual, 0.0))]
     return Bins(*one, bins.rows, 1.0)
 
 
@@ -112,7 +118,7 @@ def error_interval(tested: list[tuple[Bins, float]]) -> list[float]:
     """95 % interval of the true error; it starts above zero exactly where [`calibrated_p`] is below .05."""
     bins = tested[0][0]
     low = max(_lower(part, p, len(tested)) for part, p in tested)
-    return [low, max(_upper(bins), bins.error)]
+    return [low, max(_upper(bins), bins.error + _Z * math.sqrt(_between(bins)))]
 
 
 def _lower(bins: Bins, p: float, tests: int) -> float:
@@ -144,10 +150,19 @@ def _lower(bins: Bins, p: float, tests: int) -> float:
 def _upper(bins: Bins) -> float:
     """The largest error that would still show as little as this, were it spread so that it shows least.
 
-    For a given sum, gaps that are the same multiple of their standard error hide best behind the noise.
+    For a given sum, gaps that are the same multiple of their standard error hide best behind the noise. Towards one
+    half there is more noise to hide behind; but where wrong answers are rare, one of them hides that the model is
+    too modest.
     """
+    sides = np.where(bins.confidence > 0.5, -1.0, 1.0)
+    found = _upper_on(bins, sides)
+    rare = bins.rows * float(bins.share @ np.minimum(bins.confidence, 1.0 - bins.confidence)) < 2.0 * _STEPS_SHOW
+    return max(found, _upper_on(bins, -sides)) if rare else found
+
+
+def _upper_on(bins: Bins, side: np.ndarray) -> float:
+    """The same with each bin's truth on one side of its confidence; on the side that it surely is on, where it is."""
     gap = bins.confidence - bins.accuracy
-    side = np.where(bins.confidence > 0.5, -1.0, 1.0)
     known = np.abs(gap) > _Z * _deviation(bins, bins.confidence)
     side = np.where(known, -np.sign(gap), side)
 
@@ -168,7 +183,7 @@ def _upper(bins: Bins) -> float:
         return math.sqrt(found) if bins.shared > 1.0 else found  # one wrong answer shows in two classes at once
 
     low, high = 0.0, 2.0
-    while chance(high) > 0.5 * LEVEL and high < 1e4:
+    while chance(high) > 0.5 * LEVEL and high < 1e3:
         low, high = high, 2.0 * high
     for _ in range(2 * _HALVINGS):
         middle = 0.5 * (low + high)
@@ -196,11 +211,16 @@ def _largest(bins: Bins) -> float:
 
 
 def _between(bins: Bins) -> float:
-    """Variance of the mean of |gap| over draws of which bins the examples fall into, without the part of the noise."""
+    """Variance of the error over draws of the confidences: what each adds to it varies, in its bin and between bins.
+
+    It is the variance of what each example adds, less that of the events inside bins; a bin of one shows none of that.
+    """
     gap = bins.confidence - bins.accuracy
-    noise = _deviation(bins, bins.accuracy, floor=True) ** 2
-    squares = max(0.0, float((bins.share * (gap**2 - noise)).sum()))
-    return max(0.0, squares - bins.error**2) / bins.rows
+    each = float((bins.share * (bins.residual + gap**2)).sum()) - bins.error**2
+    seen = float((bins.share * np.maximum(1.0 - 1.0 / bins.count, 0.0)).sum())
+    rate = float(bins.share @ bins.accuracy)
+    inside = float((bins.share * bins.accuracy * (1.0 - bins.accuracy)).sum()) / seen if seen > 0.1 else None
+    return max(each - (rate * (1.0 - rate) if inside is None else inside), 0.0) / bins.rows
 
 
 def _deviation(bins: Bins, truth: np.ndarray, *, floor: bool = False) -> np.ndarray:
