@@ -72,7 +72,7 @@ def run(cell: Cell, seed: int) -> dict[str, float]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        auto = calibrate_table(table, bootstrap=0).calibrator
+        auto = calibrate_table(table, intervals=False).calibrator
         found = {"auto": excess(auto), "choice": auto.method}
         for name in FIXED:
             try:

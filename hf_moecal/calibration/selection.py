@@ -113,7 +113,7 @@ def calibrate_table(
     folds: int = 5,
     seed: int = 0,
     training_ids: Collection[str] | None = None,
-    bootstrap: int = 1000,
+    intervals: bool = True,
     progress: bool = False,
 ) -> CalibrationResult:
     """Fits a calibrator on a predictions table and says what it does to rows that it has not seen.
@@ -131,7 +131,7 @@ def calibrate_table(
         folds: number of cross-validation folds (at most one per group).
         seed: of the folds.
         training_ids: ids that the model was trained on; see [`~hf_moecal.calibration.Calibrator.fit`].
-        bootstrap: resamples for the intervals of the figures before and after; 0 for none.
+        intervals: whether the figures before and after have intervals.
         progress: whether to show a progress bar where it takes more than a second.
 
     Raises:
@@ -174,8 +174,8 @@ def calibrate_table(
     return CalibrationResult(
         calibrator=calibrator,
         comparison=comparison,
-        before=_report(judged["none"], rows.table, seed, bootstrap),
-        after=_report(judged[chosen], rows.table, seed, bootstrap),
+        before=_report(judged["none"], rows.table, intervals),
+        after=_report(judged[chosen], rows.table, intervals),
         data={
             "n": len(rows),
             "folds": int(assignment.max()) + 1,
@@ -327,13 +327,13 @@ def _comparison(
     return entries
 
 
-def _report(judged: np.ndarray, table: Mapping[str, np.ndarray], seed: int, bootstrap: int) -> dict[str, Any]:
+def _report(judged: np.ndarray, table: Mapping[str, np.ndarray], intervals: bool) -> dict[str, Any]:
     from hf_moecal.metrics import calibration_report
 
     confidence, correct, nll, brier = judged
     figures = {"confidence": confidence, "correct": correct.astype(bool), "nll": nll, "brier": brier}
     groups = table.get("group")
-    report = calibration_report(**figures, groups=groups, seed=seed, ranked=False, bootstrap=bootstrap)
+    report = calibration_report(**figures, groups=groups, ranked=False, intervals=intervals)
     result = {name: report[name] for name in _FIGURES if name in report}
     if "groups" in report:
         result["groups"] = {key: {name: group[name] for name in result} for key, group in report["groups"].items()}

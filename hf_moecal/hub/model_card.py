@@ -124,7 +124,7 @@ def eval_results(evaluation: Mapping[str, Any] | None, *, task_type: str) -> lis
 
 
 _LEGEND = (
-    "ECE: expected calibration error of the top-label confidence, 15 equal-width bins, 95 % bootstrap interval. "
+    "ECE: expected calibration error of the top-label confidence, 15 equal-width bins, 95 % interval. "
     "Debiased: without the part that a perfectly calibrated model of the same n would show by chance. "
     "Gap: mean confidence minus accuracy; positive is overconfident."
 )

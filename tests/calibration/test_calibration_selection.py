@@ -106,7 +106,7 @@ def test_bad_arguments_are_refused(arguments, said):
 
 def test_the_methods_that_cannot_be_used_say_why():
     logits, label = drawn(200)
-    result = calibrate_table({"logits": logits, "label": label}, bootstrap=0)
+    result = calibrate_table({"logits": logits, "label": label}, intervals=False)
     skipped = {entry["method"]: entry["skipped"] for entry in result.comparison if "skipped" in entry}
     assert set(skipped) == {
         "filtered_robust_temperature",
@@ -120,7 +120,7 @@ def test_the_methods_that_cannot_be_used_say_why():
     assert "routing_entropy" in skipped["routing_temperature"]
     assert skipped["platt"] == f"Class 2 has {np.bincount(label)[2]} labelled rows; platt needs about 100 per class"
     assert any(line.startswith("platt ") and "labelled rows" in line for line in result.lines())
-    named = calibrate_table({"logits": logits, "label": label}, method="platt", bootstrap=0)
+    named = calibrate_table({"logits": logits, "label": label}, method="platt", intervals=False)
     assert named.calibrator.method == "platt" and any("Warning: Class 2 has" in line for line in named.lines())
 
 
@@ -128,7 +128,7 @@ def test_the_methods_that_cannot_be_used_say_why():
 def test_rows_of_one_class_make_no_calibrator_that_says_one_thing(rows, others):
     logits, _ = drawn(rows, 2)
     label = np.r_[np.zeros(rows - others, int), np.ones(others, int)]
-    result = calibrate_table({"logits": logits, "label": label}, bootstrap=0)
+    result = calibrate_table({"logits": logits, "label": label}, intervals=False)
     skipped = {entry["method"]: entry["skipped"] for entry in result.comparison if "skipped" in entry}
     assert {"platt", "vector", "matrix", "isotonic"} <= set(skipped)
     assert skipped["vector"].startswith(
@@ -144,7 +144,7 @@ def test_many_classes_take_few_fits():
     with counted() as one:
         TemperatureCalibrator().fit(table)
     with counted() as whole:
-        result = calibrate_table(table, bootstrap=0)
+        result = calibrate_table(table, intervals=False)
     assert 5 * one[0] < whole[0] < 20 * one[0]
     assert "up to 256" in next(entry["skipped"] for entry in result.comparison if entry["method"] == "vector")
 
@@ -178,7 +178,7 @@ def test_auto_is_not_worse_than_the_best_single_choice(scale, shift):
     for seed in range(12):
         logits, label = drawn(150, 3, seed=seed, spread=2)
         table = {"logits": scale * logits + bias, "label": label}
-        found = [calibrate_table(table, bootstrap=0).calibrator]
+        found = [calibrate_table(table, intervals=False).calibrator]
         found += [CANDIDATES[name]().fit(table) for name in ("none", "shrunk_temperature", "vector")]
         lost.append([excess(calibrator, scale, bias) for calibrator in found])
         harmed.append(lost[-1][0] > lost[-1][1] + 0.01)
@@ -194,7 +194,7 @@ def test_groups_of_other_temperatures_still_get_one():
         group = np.random.default_rng(seed).integers(5, size=500)
         scale = np.array([0.7, 1.0, 1.5, 2.0, 3.0])[group]
         table = {"logits": logits * scale[:, None], "label": label, "group": np.array(list("abcde"))[group]}
-        kept += calibrate_table(table, bootstrap=0).calibrator.method == "none"
+        kept += calibrate_table(table, intervals=False).calibrator.method == "none"
     assert kept <= 2
 
 
@@ -202,7 +202,7 @@ def test_weights_of_rows_count_in_the_comparison():
     logits, label = drawn(300, 3)
     weights = np.random.default_rng(0).integers(0, 3, 300)
     table = {"logits": 2 * logits, "label": label}
-    weighted = calibrate_table({**table, "sample_weight": weights}, method="temperature", folds=3, bootstrap=0)
+    weighted = calibrate_table({**table, "sample_weight": weights}, method="temperature", folds=3, intervals=False)
     folds, losses = np.random.default_rng(0).permutation(300) % 3, np.empty(300)
     for fold in range(3):
         train = np.repeat(np.arange(300), np.where(folds == fold, 0, weights))

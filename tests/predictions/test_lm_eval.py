@@ -175,7 +175,7 @@ def test_several_right_choices(tmp_path):
     rows.append(sample(2, [-3.0, -2.0, -1.0], "['choice 1', 'choice 2']", acc=1.0))
     with pytest.warns(UserWarning, match="3 questions .* have several right choices; the likeliest"):
         table = read_lm_eval_samples(write(tmp_path / NAME, rows))
-    assert table["label"][:] == [2, 2, 2] and table_report(table, bootstrap=0)["accuracy"] == pytest.approx(2 / 3)
+    assert table["label"][:] == [2, 2, 2] and table_report(table, intervals=False)["accuracy"] == pytest.approx(2 / 3)
 
 
 def test_files_that_are_missing_or_cut_off(tmp_path):
