@@ -162,7 +162,7 @@ def row_features(rows: Mapping[str, np.ndarray], schema: Schema) -> dict[str, np
     for name, values in schema.categories.items():
         features[name] = _shares(rows[name][:, None], len(values) + OTHERS)
     if schema.experts:
-        ids = rows["expert_ids"].reshape(n, -1, schema.experts[-1])
+        ids = rows["expert_ids"].reshape(n, int(np.prod(schema.experts[:-1])), schema.experts[-1])
         for layer in range(ids.shape[1]):
             name = "expert_load" if len(schema.experts) == 1 else f"expert_load[{layer}]"
             features[name] = _shares(ids[:, layer], schema.num_experts)
