@@ -116,8 +116,8 @@ def key_texts(name: str, values: np.ndarray) -> np.ndarray:
         return values.astype(str).astype(object)
     if not (np.isfinite(values) & (np.abs(values) < 2**53) & (values == np.floor(values))).all():
         raise ValueError(
-            f"Column {name!r} holds numbers that were read as floats, and two keys may have become one; store its keys "
-            "as text or as 64-bit integers without gaps."
+            f"Column {name!r} holds numbers that were read as floats, and two keys may have become one; store its "
+            "keys as text or as 64-bit integers without gaps."
         )
     return values.astype(np.int64).astype(str).astype(object)
 

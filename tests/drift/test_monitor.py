@@ -8,54 +8,11 @@ import sys
 import time
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from hf_moecal.drift import log_reader
 from hf_moecal.drift.monitor import monitor
-
-
-EXPERTS = 4
-
-
-def make_log(n, *, shift=0.0, seed=0, experts=EXPERTS):
-    """A log of which `shift` moves confidence, routing and correctness."""
-    rng = np.random.default_rng(seed)
-    confidence = rng.beta(8 - 4 * shift, 1, n)
-    prediction = rng.integers(0, 2, n)
-    correct = rng.random(n) < confidence - 0.2 * shift
-    return {
-        "id": [f"r{i}" for i in range(n)],
-        "confidence": confidence.tolist(),
-        "prediction": prediction.tolist(),
-        "label": np.where(correct, prediction, 1 - prediction).tolist(),
-        "routing_entropy": rng.gamma(2 + shift, 0.2, n).tolist(),
-        "disagreement": rng.gamma(1 + shift, 0.02, n).tolist(),
-        "expert_ids": np.argsort(rng.random((n, experts)) + 0.1 * np.arange(experts), axis=1)[:, :2].tolist(),
-        "language": rng.choice(["en", "de"], n).tolist(),
-    }
-
-
-def rows_of(log):
-    return [dict(zip(log, values, strict=True)) for values in zip(*log.values(), strict=True)]
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def write_parquet(path, log, **options):
-    pq.write_table(pa.table(log), path, **options)
-    return path
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-REFERENCE = make_log(2000, seed=1)
+from tests.drift.helpers import REFERENCE, make_log, read_jsonl, rounded, rows_of, write_jsonl, write_parquet
 
 
 def test_every_format_gives_the_same_windows(tmp_path, monkeypatch):
@@ -75,17 +32,9 @@ def test_every_format_gives_the_same_windows(tmp_path, monkeypatch):
     for source in (jsonl, parquet, folder):
         found = monitor(REFERENCE, str(source), **settings).to_dict()
         # KS, counts and their tests are whole numbers underneath; only means depend on the order of summation.
-        assert json.dumps(_rounded(found)) == json.dumps(_rounded(wanted)), source
+        assert json.dumps(rounded(found)) == json.dumps(rounded(wanted)), source
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(jsonl.read_bytes())))
-    assert _rounded(monitor(REFERENCE, "-", **settings).to_dict()) == _rounded(wanted)
-
-
-def _rounded(value):
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.9g}") if isinstance(value, float) else value
+    assert rounded(monitor(REFERENCE, "-", **settings).to_dict()) == rounded(wanted)
 
 
 def test_exit_codes_and_what_drifted(tmp_path):
@@ -152,7 +101,7 @@ def test_a_sequence_may_lie_across_pieces_and_restarts(tmp_path, monkeypatch):
     for upto in (100, 333, 700):  # the file grows, in the middle of a sequence
         path.write_text("".join(text[:upto]))
         found += monitor(reference, path, state=tmp_path / "state", **settings).to_dict()["windows"]
-    assert _rounded(found) == _rounded(wanted)
+    assert rounded(found) == rounded(wanted)
 
 
 def test_several_layers_are_watched_apart():
@@ -305,7 +254,7 @@ def test_a_growing_log_is_read_once(tmp_path):
     third = monitor(REFERENCE, path, **settings)
     assert not third.windows and third.exit_code == 0 and third.totals["rows"] == 500
     wanted = monitor(REFERENCE, path, window=100).to_dict()["windows"]
-    assert _rounded(read_jsonl(out / "windows.jsonl")) == _rounded(wanted)
+    assert rounded(read_jsonl(out / "windows.jsonl")) == rounded(wanted)
 
 
 def test_half_a_parquet_file_in_a_folder_waits(tmp_path):
@@ -337,6 +286,7 @@ _WATCH = """
 import sys, time
 from hf_moecal.drift import log_reader
 from hf_moecal.drift.monitor import monitor
+from tests.drift.helpers import REFERENCE, make_log, read_jsonl, rounded, rows_of, write_jsonl, write_parquet
 log_reader.CHUNK_ROWS = 50
 slow = lambda window: time.sleep(0.04)
 monitor(sys.argv[1], sys.argv[2], window=20, state=sys.argv[3], output_dir=sys.argv[4], on_window=slow)
@@ -370,7 +320,7 @@ def test_a_killed_monitor_loses_and_repeats_nothing(tmp_path):
         process.wait()
     subprocess.run(command, check=True)
     for name in ("windows.jsonl", "rejected.jsonl"):
-        assert _rounded(read_jsonl(out / name)) == _rounded(read_jsonl(calm / name))
+        assert rounded(read_jsonl(out / name)) == rounded(read_jsonl(calm / name))
 
 
 def test_lines_beyond_the_state_are_cut(tmp_path):
