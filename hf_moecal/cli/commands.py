@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .tables import add_samples, given, grouped_by, judged_by, read_given
+from .watch import add_monitor, run_monitor
 
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--hard", help="boolean column that marks the hard subset")
 
-    _add_monitor(command("monitor", _monitor, "Compare a log with a reference; exit code 1 on drift."))
+    add_monitor(command("monitor", run_monitor, "Compare a log with a reference; exit code 1 on drift."))
 
     probe = command("probe", _probe, "Show the routing of a text and what each expert alone would predict.")
     probe.add_argument("--model", required=True, help="Hub id or folder")
@@ -136,23 +137,6 @@ def _parser() -> argparse.ArgumentParser:
     for added in (evaluate, calibrate, report, push):
         added.add_argument("--renormalize", action="store_true", help="divide each row of rounded probs by its sum")
     return parser
-
-
-def _add_monitor(monitor: argparse.ArgumentParser) -> None:
-    monitor.add_argument("--reference", required=True, help="predictions table of a time when all was well")
-    monitor.add_argument("--current", required=True, help="log: a file, a folder that grows, or - for JSON lines")
-    monitor.add_argument("--window", type=int, help="sequences per window (default: the whole log)")
-    monitor.add_argument("--features", nargs="*", default=(), help="further columns to watch")
-    monitor.add_argument("--sequence", help="column that names the sequence, where a row is a token")
-    monitor.add_argument("--num-experts", type=int, help="experts per layer (default: as the reference shows)")
-    monitor.add_argument("--correction", default="holm", choices=["holm", "benjamini-hochberg"])
-    monitor.add_argument("--alpha", type=float, default=0.01, help="chance of a false alarm per window")
-    monitor.add_argument("--minimum-effect", type=float, default=0.1, help="least difference that counts as drift")
-    monitor.add_argument("--labels", help="table with id and label, once labels are known")
-    monitor.add_argument("--output", help="folder for windows.jsonl, rejected.jsonl and metrics.prom")
-    monitor.add_argument("--state", help="file from which a later call goes on")
-    monitor.add_argument("--follow", type=float, metavar="SECONDS", help="keep looking, this often")
-    monitor.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def _train(options: Options) -> None:
@@ -258,30 +242,6 @@ def _report(options: Options) -> None:
         tables, options.output, title=options.title, hard=options.hard, hard_routed=hard_routed or None
     )
     print(f"report: {written}")
-
-
-def _monitor(options: Options) -> int:
-    from ..drift.monitor import monitor
-
-    result = monitor(
-        options.reference,
-        options.current,
-        window=options.window,
-        features=options.features,
-        sequence=options.sequence,
-        num_experts=options.num_experts,
-        correction=options.correction,
-        alpha=options.alpha,
-        minimum_effect=options.minimum_effect,
-        labels=options.labels,
-        output_dir=options.output,
-        state=options.state,
-        follow=options.follow,
-        on_window=None if options.json else print,
-    )
-    if options.json:
-        print(json.dumps(result.to_dict(), indent=1))
-    return result.exit_code
 
 
 def _probe(options: Options) -> None:
