@@ -14,7 +14,7 @@ from ..model.loading import load_classifier, load_language_model
 from ..model.prefix_cache import PrefixCache
 from ..predictions import predict
 from ..predictions.supervised import collate_supervised, encode_supervised
-from ..readouts.attached import ATTACHED
+from ..readouts.committee import ATTACHED
 from ..readouts.recorded import load_committee, recorded_readout
 from ..tasks.choice import ChoiceCollator
 from ..training.arguments import MoECalArguments

@@ -13,7 +13,7 @@ from ..calibration.record import FILE_NAME, MAX_BYTES
 from ..calibration.selection import AUTO, CalibrationResult, calibrate_table
 from ..calibration.temperature import IdentityCalibrator, TemperatureCalibrator
 from ..model.loading import HUB_ARGUMENTS, load_model
-from ..readouts.attached import ATTACHED
+from ..readouts.committee import ATTACHED
 from ..readouts.mixture import Readout
 from ..readouts.recorded import attach_readout, load_committee, recorded_readout, with_calibration
 from ..table import columns, names
@@ -205,9 +205,8 @@ def attach_calibrator(model: PreTrainedModel, calibrator: Calibrator) -> None:
         setattr(model, TABLE_CALIBRATOR, calibrator)
         return
 
-    attached = getattr(model, ATTACHED, None)
-
     def calibrate(module: torch.nn.Module, arguments: tuple, output: Any) -> Any:
+        attached = getattr(module, ATTACHED, None)  # a copy of the model has its own
         if module.training or (attached is not None and attached.is_quiet):  # the readout's own forwards
             return output
         if not hasattr(output, "logits"):

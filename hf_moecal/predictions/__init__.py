@@ -16,8 +16,7 @@ from ..calibration.base import TABLE_CALIBRATOR
 from ..model.prefix_cache import PrefixCache, fingerprint
 from ..probes import hard_routing
 from ..probes.certify import evaluating
-from ..readouts.attached import ATTACHED
-from ..readouts.committee import count_members
+from ..readouts.committee import ATTACHED, count_members
 from ..readouts.mixture import Readout
 from ..table import COLUMNS, read_table
 from ..tasks import TASKS

@@ -43,6 +43,28 @@ class ExpertProbe:
         self._answers = Counterfactuals(recorder)
 
     @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Forwards inside this context are recorded; it can be entered again.
+
+        Raises:
+            ValueError: a layer is being probed already; the model is compiled already.
+        """
+        recorder = self._answers.recorder
+        _refuse_compiled(recorder.parts.model)
+        for chosen in self.layers:
+            if any(
+                getattr(hook, "__module__", None) == Recorder.__module__
+                for hook in chosen.module._forward_hooks.values()
+            ):
+                raise ValueError(f"{chosen.name} is being probed already; leave that probe first, or use it.")
+        with recorder.attached():
+            yield
+
+    def forget(self) -> None:
+        """Lets go of what the last forward left behind."""
+        self._answers.recorder.capture = None
+
+    @contextmanager
     def paused(self) -> Iterator[None]:
         """Forwards inside this context leave no record; the last one stays."""
         with self._answers.recorder.paused():
@@ -328,16 +350,15 @@ def probe_experts(model: nn.Module, layer: int | str | Sequence[int | str] = -1)
 
     ```
     """
+    probe = expert_probe(model, layer)
+    with probe.watching():
+        yield probe
+
+
+def expert_probe(model: nn.Module, layer: int | str | Sequence[int | str] = -1) -> ExpertProbe:
+    """A probe that watches nothing yet; see [`probe_experts`] for the arguments and [`ExpertProbe.watching`]."""
     layers = _choose(find_moe_layers(model), layer)
-    _refuse_compiled(model)
-    for chosen in layers:
-        if any(
-            getattr(hook, "__module__", None) == Recorder.__module__ for hook in chosen.module._forward_hooks.values()
-        ):
-            raise ValueError(f"{chosen.name} is being probed already; leave that probe first, or use it.")
-    recorder = Recorder(model_parts(model, layers), layers, replayed={chosen.name for chosen in layers})
-    with recorder.attached():
-        yield ExpertProbe(recorder)
+    return ExpertProbe(Recorder(model_parts(model, layers), layers, replayed={chosen.name for chosen in layers}))
 
 
 def _refuse_compiled(model: nn.Module) -> None:

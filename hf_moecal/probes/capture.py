@@ -169,12 +169,13 @@ class Recorder:
         self.replayed = replayed
         self.capture: Capture | None = None
         self._open: Capture | None = None
-        self.muted = False
+        self.muted = True
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """The hooks are there inside this context only; compiled code that still calls them later records nothing."""
         handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.muted = False
         with hooked(handles):
             handles.append(self.parts.base.register_forward_pre_hook(self._begin, with_kwargs=True))
             for top in self.parts.tops:

@@ -270,11 +270,12 @@ class Mixture:
 
     def pooled(self, pad_token_id: int | None) -> Mixed:
         """The mixture at the token that a sequence classifier reads, for each sequence of the batch."""
-        ids = self.probe.inputs.get("input_ids")
-        if ids is None:
-            raise ValueError("The mixture readout of a classifier finds its last tokens by `input_ids`; give those.")
-        batch, length = ids.shape
-        tokens = torch.arange(batch, device=ids.device) * length + pooled_positions(ids, pad_token_id)
+        ids, (batch, length) = self.probe.inputs.get("input_ids"), self.probe.record.batch_shape
+        if ids is None:  # embeddings show no padding: transformers reads the last position
+            last = torch.full((batch,), length - 1, device=self.probe.record.weights.device)
+        else:
+            last = pooled_positions(ids, pad_token_id)
+        tokens = torch.arange(batch, device=last.device) * length + last
         experts, shares = self.shares(tokens)
         return self._mix(self.probe.reduced(tokens, lambda part, logits: logits, experts=experts), shares, experts)
 
