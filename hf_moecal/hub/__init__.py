@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,16 +206,17 @@ def attach_calibrator(model: PreTrainedModel, calibrator: Calibrator) -> None:
         setattr(model, TABLE_CALIBRATOR, calibrator)
         return
 
-    def calibrate(module: torch.nn.Module, arguments: tuple, output: Any) -> Any:
-        attached = getattr(module, ATTACHED, None)  # a copy of the model has its own
-        if module.training or (attached is not None and attached.is_quiet):  # the readout's own forwards
-            return output
-        if not hasattr(output, "logits"):
-            raise ValueError("A calibrated model returns named outputs; call it with return_dict=True.")
-        output.logits = _calibrated(output.logits, calibrator)
-        return output
+    model.register_forward_hook(partial(_calibrate, calibrator))
 
-    model.register_forward_hook(calibrate)
+
+def _calibrate(calibrator: Calibrator, module: torch.nn.Module, arguments: tuple, output: Any) -> Any:
+    attached = getattr(module, ATTACHED, None)  # a copy of the model has its own
+    if module.training or (attached is not None and attached.is_quiet):  # the readout's own forwards
+        return output
+    if not hasattr(output, "logits"):
+        raise ValueError("A calibrated model returns named outputs; call it with return_dict=True.")
+    output.logits = _calibrated(output.logits, calibrator)
+    return output
 
 
 def _classifies(model: PreTrainedModel) -> bool:

@@ -192,7 +192,7 @@ def delta_logits(parts: ModelParts, capture: Capture, route: Reroute, coefficien
 def final_norm(parts: ModelParts, capture: Capture) -> tuple[nn.Module, Tensor]:
     """The module that gave `last_hidden_state`, and what it was given."""
     last = capture.last_hidden
-    for module, (given, result) in capture.tops.items():
+    for module, (given, result) in reversed(capture.tops.items()):  # the last that ran, where several agree
         if not isinstance(result, Tensor) or result.shape != last.shape:
             continue
         if result is last or torch.equal(result, last):

@@ -89,11 +89,11 @@ class ReadoutForward:
                 self._reader.forget()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._model.training or self._is_mine:
-            return self._plain(*args, **kwargs)
-        return self._call(args, kwargs)
+        return self._plain(*args, **kwargs) if self._model.training else self._call(args, kwargs)
 
     def _answer(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self._is_mine:
+            return self._plain(*args, **kwargs)
         named = kwargs.pop("return_dict", None)
         named = getattr(self._model.config, "return_dict", True) if named is None else named
         with self.held() as reader:
