@@ -180,13 +180,12 @@ class Reroute:
         return cls(tokens, scale.sum(1, keepdim=True) * outputs, together)
 
 
-def delta_logits(parts: ModelParts, capture: Capture, route: Reroute, coefficient: float) -> Tensor:
-    """Logits `[n, m, V]` through the final norm and the head alone."""
+def delta_hidden(parts: ModelParts, capture: Capture, route: Reroute, coefficient: float) -> Tensor:
+    """Last hidden states `[n, m, H]` through the final norm alone."""
     norm, before = final_norm(parts, capture)
     hidden = before.flatten(0, 1)[route.tokens].unsqueeze(1) + coefficient * (route.alone - route.together)
     with unsharded(parts, norm):
-        hidden = norm(hidden.flatten(0, 1).unsqueeze(1))
-    return tail(parts, capture, hidden).reshape(*route.alone.shape[:2], -1)
+        return norm(hidden.flatten(0, 1).unsqueeze(1)).reshape(route.alone.shape)
 
 
 def final_norm(parts: ModelParts, capture: Capture) -> tuple[nn.Module, Tensor]:
@@ -200,8 +199,8 @@ def final_norm(parts: ModelParts, capture: Capture) -> tuple[nn.Module, Tensor]:
     raise UnsupportedMoEError(f"{type(parts.base).__name__} ends in no module that gives its last hidden state.")
 
 
-def gather_logits(parts: ModelParts, capture: Capture, layer: MoELayer, route: Reroute) -> Tensor:
-    """Logits `[n, m, V]` through the layer's own decoder layer and the tail, on the probed tokens alone."""
+def gather_hidden(parts: ModelParts, capture: Capture, layer: MoELayer, route: Reroute) -> Tensor:
+    """Last hidden states `[n, m, H]` through the layer's own decoder layer on, on the probed tokens alone."""
     repeated = route.tokens.repeat_interleave(route.alone.shape[1])
 
     def select(value: Tensor) -> Tensor:
@@ -210,11 +209,11 @@ def gather_logits(parts: ModelParts, capture: Capture, layer: MoELayer, route: R
     names = ("input_ids", "inputs_embeds", "position_ids")
     inputs = {name: select(value) for name, value in capture.inputs.items() if name in names and value is not None}
     hidden = _replay(parts, capture, layer, inputs, select, route.alone.flatten(0, 1).unsqueeze(1))
-    return tail(parts, capture, hidden).reshape(*route.alone.shape[:2], -1)
+    return hidden.reshape(route.alone.shape)
 
 
-def prefix_logits(parts: ModelParts, capture: Capture, layer: MoELayer, route: Reroute) -> Tensor:
-    """Logits `[n, m, V]` through whole sequences from the layer's own decoder layer on, one per token and expert."""
+def prefix_hidden(parts: ModelParts, capture: Capture, layer: MoELayer, route: Reroute) -> Tensor:
+    """Last hidden states `[n, m, H]`: whole sequences from the layer's own decoder layer on, per token and expert."""
     call, (batch, length) = capture.calls[layer.name], capture.batch_shape
     repeated = route.tokens.repeat_interleave(route.alone.shape[1])
     rows, place = repeated // length, torch.arange(len(repeated), device=repeated.device) * length + repeated % length
@@ -222,11 +221,10 @@ def prefix_logits(parts: ModelParts, capture: Capture, layer: MoELayer, route: R
     def select(value: Tensor) -> Tensor:
         return _at_rows(value, (batch, length), rows)
 
-    experts = select(run_experts(parts, layer, call.hidden, call.index, call.weights))
-    experts = experts.index_copy(0, place, route.alone.flatten(0, 1).to(experts.dtype)).unflatten(0, (-1, length))
+    experts = select(run_experts(parts, layer, call.hidden, call.index, call.weights)).to(route.alone.dtype)
+    experts = experts.index_copy(0, place, route.alone.flatten(0, 1)).unflatten(0, (-1, length))
     hidden = _replay(parts, capture, layer, take_rows(capture.inputs, batch, rows), select, experts)
-    hidden = hidden.flatten(0, 1)[place].unsqueeze(1)
-    return tail(parts, capture, hidden).reshape(*route.alone.shape[:2], -1)
+    return hidden.flatten(0, 1)[place].reshape(route.alone.shape)
 
 
 def _replay(

@@ -66,7 +66,7 @@ class ReadoutForward:
     @property
     def is_quiet(self) -> bool:
         """Whether this thread is in a replay of the readout's own."""
-        return self._is_mine and self._reader.is_quiet
+        return self._reader.is_quiet and self._is_mine
 
     def detach(self) -> None:
         """Gives the model its own forward back."""
