@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from .agreement import among, disagreement, disagreement_and_regret, first_order_regret, losses, regret
 from .capture import Recorder, model_parts
-from .certify import Certificate, real_tokens
+from .certify import Certificate
 from .counterfactual import Counterfactuals
-from .router import full_shares
 from .routing import MoELayer, RoutingRecord, UnsupportedMoEError, find_moe_layers, hard_routing
 from .routing_load import RoutingStatistics, routing_statistics
 
@@ -108,13 +107,13 @@ class ExpertProbe:
     def router_shares(self, tokens: Tensor, *, layer: Layer = None) -> Tensor:
         """The router's distribution over all experts, also those that it did not select: `[n, E]`.
 
+        What the layer makes of its router's scores is found once, by the weights of many tokens (of a forward of
+        random ones, where the last forward had few), and then stands on the certificate.
+
         Raises:
             UnsupportedMoEError: no scores of the layer explain the weights that the model used.
         """
-        chosen, capture = self._layer(layer), self._answers.capture
-        scores = capture.scores.get(chosen.name, [])
-        everywhere = full_shares(scores, self.record_of(layer), chosen.num_experts, real_tokens(capture))
-        return everywhere[self._flat(tokens)]
+        return self._answers.shares(self._layer(layer))[self._flat(tokens)]
 
     # Predictions
 

@@ -131,7 +131,8 @@ class Capture:
         calls (`dict`): by name of the MoE layer.
         tops (`dict`): first input and output of the modules beside the decoder layers.
         blocks (`dict`): outputs of the decoder layers.
-        scores (`dict`): per MoE layer, what its siblings gave with one column per expert, such as the router's scores.
+        scores (`dict`): per MoE layer, what its siblings gave with one column per expert, such as the router's scores,
+            by sibling and position in its output.
         before (`dict`): per MoE layer, outputs of its siblings that had finished before its experts ran.
         output (`ModelOutput`): of the base model.
     """
@@ -143,7 +144,7 @@ class Capture:
     calls: dict[str, ExpertCall] = field(default_factory=dict)
     tops: dict[nn.Module, tuple[Tensor, Any]] = field(default_factory=dict)
     blocks: dict[nn.Module, Any] = field(default_factory=dict)
-    scores: dict[str, list[Tensor]] = field(default_factory=dict)
+    scores: dict[str, dict[tuple[nn.Module, int], Tensor]] = field(default_factory=dict)
     before: dict[str, dict[nn.Module, list[Any]]] = field(default_factory=dict)
     output: Any = None
 
@@ -232,8 +233,9 @@ class Recorder:
             capture, name = self._recording, layer.name
             if capture is None or name in capture.calls:
                 return
-            per_expert = [leaf for leaf in tree_leaves(output) if has_columns(leaf, layer.num_experts)]
-            capture.scores.setdefault(name, []).extend(per_expert)
+            for place, leaf in enumerate(tree_leaves(output)):
+                if has_columns(leaf, layer.num_experts):
+                    capture.scores.setdefault(name, {}).setdefault((module, place), leaf)
             if name in capture.replayed:
                 capture.before.setdefault(name, {}).setdefault(module, []).append(output)
 

@@ -45,6 +45,8 @@ class Certificate:
         layer (`str`): name of the MoE layer.
         coefficient (`float`, *optional*): what the final hidden state receives of a change of the experts' output;
             "delta" only.
+        link (`str`, *optional*): what the layer makes of its router's scores, such as "softmax"; known once the
+            router's distribution over all experts was asked for.
     """
 
     path: str
@@ -53,6 +55,7 @@ class Certificate:
     effect: float
     layer: str
     coefficient: float | None = None
+    link: str | None = None
 
 
 def columns_of(parts: ModelParts, layer: MoELayer, capture: Capture) -> int:
@@ -193,6 +196,16 @@ def _observed(parts: ModelParts, layer: MoELayer, inputs: dict[str, Any]) -> tup
     with recorder.attached(), unsharded(parts, parts.outer):
         logits = parts.outer(**own_cache(inputs)).logits
     return logits, recorder.capture
+
+
+def observe_random(parts: ModelParts, layer: MoELayer, count: int) -> Capture:
+    """What a forward of random tokens, in evaluation mode and without gradient, leaves behind of one layer."""
+    vocabulary = parts.outer.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
+    recorder = Recorder(parts, [layer], replayed=set())
+    with torch.no_grad(), evaluating(parts.outer), recorder.attached():
+        parts.base(input_ids=ids.to(next(parts.base.parameters()).device), use_cache=False)
+    return recorder.capture
 
 
 def _mask(capture: Capture) -> Tensor:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_moecal import find_moe_layers, probe_experts
+from hf_moecal import RoutingRecord, UnsupportedMoEError, find_moe_layers, probe_experts
 from hf_moecal.probes import certify
+from hf_moecal.probes.router import find_link
 from tests.rerouting import brute_force
 from tests.tiny_moe import tiny_batch, tiny_model
 
@@ -84,3 +85,48 @@ def test_certifying_leaves_the_model_as_it_is() -> None:
         assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
         assert parameter.dtype == torch.bfloat16
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+SIGMOID = {"minimax_m2": "num_local_experts", "deepseek_v3": "n_routed_experts", "glm4_moe": "n_routed_experts"}
+
+
+@pytest.mark.parametrize("model_type", SIGMOID)
+@torch.no_grad()
+def test_one_token_in_eight_bits_does_not_make_a_softmax_of_a_sigmoid(model_type: str) -> None:
+    model = tiny_model(model_type, **{SIGMOID[model_type]: 40}).bfloat16()
+    layer, seen = find_moe_layers(model)[-1], []
+    handle = layer.module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    gate = model.get_submodule(layer.name.rpartition(".")[0]).gate
+    apart = 0.0
+    with probe_experts(model) as probe:
+        for seed in range(8):
+            seen.clear()
+            model(input_ids=tiny_batch(seed=seed)["input_ids"][:1, :1], use_cache=False)
+            scores = seen[0].float() @ gate.weight.float().T
+            found, truth = probe.router_shares(torch.tensor([0])), scores.sigmoid() / scores.sigmoid().sum()
+            assert (found - truth).abs().sum() / 2 < 0.02
+            apart = max(apart, float((scores.softmax(-1) - truth).abs().sum() / 2))
+    handle.remove()
+    assert probe.certificate.link == "sigmoid" and apart > 0.1
+
+
+@torch.no_grad()
+def test_what_merely_has_a_column_per_expert_is_no_score() -> None:
+    model = tiny_model("mixtral", num_local_experts=64)  # as many as the hidden states have columns
+    layer, seen = find_moe_layers(model)[-1], []
+    handle = layer.module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with probe_experts(model.bfloat16()) as probe:
+        model(**tiny_batch())
+        scores = seen[0].float() @ model.get_submodule(layer.name.rpartition(".")[0]).gate.weight.float().T
+        handle.remove()
+        found = probe.router_shares(TOKENS)
+    assert (found - scores.softmax(-1)[TOKENS]).abs().max() < 0.02
+    assert probe.certificate.link == "softmax"
+
+
+def test_two_explanations_that_differ_are_none() -> None:
+    ids = torch.tensor([[0, 1]])
+    scores = torch.tensor([[2.0, 2.0, 0.0, -3.0]])  # equal scores have equal weights under every link
+    record = RoutingRecord(ids, torch.tensor([[0.5, 0.5]]), (1, 1))
+    with pytest.raises(UnsupportedMoEError, match="hardly better than by"):
+        find_link({(nn.Identity(), 0): scores}, record, 4)
