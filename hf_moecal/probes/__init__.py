@@ -228,7 +228,7 @@ class ExpertProbe:
         """
         flat, capture = self._flat(tokens), self._answers.capture
         labels = self._labels(flat, labels)
-        outputs = [capture.calls[layer.name].output for layer in self.layers]
+        outputs = [capture.call(layer.name).output for layer in self.layers]
         if not all(output.requires_grad for output in outputs):
             raise ValueError(
                 "first_order_regret needs the gradient of the loss: run the forward without torch.no_grad(), with at "

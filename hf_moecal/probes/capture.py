@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .routing import MoELayer, UnsupportedMoEError, bind_experts, hooked
+
+
+class _Replays(threading.local):
+    """How many replays of a model's own forward surround what this thread does: they are no forwards of the user's."""
+
+    depth = 0
+
+
+replays = _Replays()
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,27 @@ class Capture:
     before: dict[str, dict[nn.Module, list[Any]]] = field(default_factory=dict)
     output: Any = None
 
+    def call(self, name: str) -> ExpertCall:
+        """The call of an MoE layer.
+
+        Raises:
+            UnsupportedMoEError: the layer did not run as a module, or on some of the tokens only.
+        """
+        if name not in self.calls:
+            raise UnsupportedMoEError(
+                f"{name} did not run in the last forward, or its hook was ignored: the input may need other experts "
+                "(name the layer whose experts it needs), the model may have been compiled before the hook was there "
+                "(attach it before torch.compile), or its block may call the experts in another way than as a module, "
+                "as MXFP4 kernels do (load the model with quantization_config=Mxfp4Config(dequantize=True))."
+            )
+        call, tokens = self.calls[name], self.last_hidden.shape[:-1].numel()
+        if len(call.index) != tokens:
+            raise UnsupportedMoEError(
+                f"{name} saw {len(call.index)} of the {tokens} tokens and does not say which (as experts for one "
+                "modality do), so nobody can tell whose routing it is; give inputs whose tokens all pass it."
+            )
+        return call
+
     @property
     def last_hidden(self) -> Tensor:
         return self.output.last_hidden_state
@@ -176,7 +207,7 @@ class Recorder:
     def attached(self) -> Iterator[None]:
         """The hooks are there inside this context only; compiled code that still calls them later records nothing."""
         handles: list[torch.utils.hooks.RemovableHandle] = []
-        self.muted = False
+        self.muted, self._depth = False, replays.depth
         with hooked(handles):
             handles.append(self.parts.base.register_forward_pre_hook(self._begin, with_kwargs=True))
             for top in self.parts.tops:
@@ -193,6 +224,19 @@ class Recorder:
             finally:
                 self.muted, self._open = True, None
 
+    def seen(self) -> Capture:
+        """What the last forward left behind.
+
+        Raises:
+            ValueError: there was none.
+        """
+        if self.capture is None:
+            raise ValueError(
+                "The probe has seen no forward: run the model inside `with probe_experts(model)`. Where it was "
+                "compiled, attach the probe before torch.compile, which ignores hooks that come later."
+            )
+        return self.capture
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Forwards inside this context leave nothing behind."""
@@ -208,7 +252,7 @@ class Recorder:
         return None if self.muted else self._open
 
     def _begin(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.muted:
+        if self.muted or replays.depth != self._depth:
             return
         names = inspect.signature(base.forward).parameters
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}

@@ -66,7 +66,7 @@ def columns_of(parts: ModelParts, layer: MoELayer, capture: Capture) -> int:
     Raises:
         UnsupportedMoEError: the experts' output is not the weighted sum of what each gives alone.
     """
-    call, gap = capture.calls[layer.name], float("nan")
+    call, gap = capture.call(layer.name), float("nan")
     tokens = torch.unique(real_tokens(capture)[[0, -1]])
     with torch.no_grad(), replaying(parts, capture.autocast):
         whole = run_experts(parts, layer, call.hidden[tokens], call.index[tokens], call.weights[tokens])
@@ -111,7 +111,7 @@ def certify(parts: ModelParts, layer: MoELayer, capture: Capture, columns: int) 
         if is_sharded(parts):
             inputs = of_first_process(inputs, capture.last_hidden.device)
         logits, seen = _observed(parts, layer, inputs)
-        call, tokens = seen.calls[layer.name], _certified_tokens(parts, seen, logits)
+        call, tokens = seen.call(layer.name), _certified_tokens(parts, seen, logits)
         route = Reroute.to(parts, layer, call, tokens, call.index[tokens], columns=columns)
         plain = tail(parts, seen, seen.last_hidden.flatten(0, 1)[tokens].unsqueeze(1)).unsqueeze(1)
         truth, changes = brute_force(parts, layer, seen, inputs, route)

@@ -36,12 +36,7 @@ class Counterfactuals:
     @property
     def capture(self) -> Capture:
         """The last forward."""
-        if self.recorder.capture is None:
-            raise ValueError(
-                "The probe has seen no forward: run the model inside `with probe_experts(model)`. Where it was "
-                "compiled, attach the probe before torch.compile, which ignores hooks that come later."
-            )
-        return self.recorder.capture
+        return self.recorder.seen()
 
     @property
     def in_step(self) -> bool:
@@ -50,12 +45,7 @@ class Counterfactuals:
 
     def call(self, layer: MoELayer) -> ExpertCall:
         """The layer's call in the last forward."""
-        if layer.name not in self.capture.calls:
-            raise ValueError(
-                f"{layer.name} did not run in the last forward, or its hook was ignored; attach the probe before "
-                "torch.compile."
-            )
-        return self.capture.calls[layer.name]
+        return self.capture.call(layer.name)
 
     def certificate(self, layer: MoELayer) -> Certificate:
         """Computed once for each mode of the model, on the last forward's inputs."""
@@ -75,7 +65,7 @@ class Counterfactuals:
         """What the layer makes of its router's scores; found once, on many tokens."""
         if layer.name not in self._links:
             capture = self._telling(layer)
-            call, real = capture.calls[layer.name], real_tokens(capture)
+            call, real = capture.call(layer.name), real_tokens(capture)
             record = RoutingRecord(call.index, call.weights, capture.batch_shape)[real]
             count = len(call.index)
             scores = {
@@ -160,7 +150,7 @@ class Counterfactuals:
 
     def _route(self, capture: Capture, layer: MoELayer, flat: Tensor, ids: Tensor, columns: int) -> Reroute:
         with self._replay(capture):
-            return Reroute.to(self.parts, layer, capture.calls[layer.name], flat, ids, columns=columns)
+            return Reroute.to(self.parts, layer, capture.call(layer.name), flat, ids, columns=columns)
 
     def _logits(self, capture: Capture, flat: Tensor) -> Tensor:
         hidden = capture.last_hidden.flatten(0, 1)[flat].unsqueeze(1)

@@ -115,7 +115,7 @@ def _wide_capture(capture: Capture, layer: MoELayer, twins: dict[nn.Module, nn.M
         for name, seen in capture.before.items()
     }
     blocks = {module: wide(output) for module, output in capture.blocks.items()}
-    call = capture.calls[layer.name]
+    call = capture.call(layer.name)
     weights = next((p.dtype for p in layer.module.parameters() if p.is_floating_point()), call.hidden.dtype)
     call = replace(call, hidden=call.hidden.to(weights))
     return replace(capture, inputs=wide(capture.inputs), blocks=blocks, before=before, calls={layer.name: call})

@@ -12,7 +12,6 @@ y = sum_j w_j E_j. Three ways lead from there to the logits, each exact for some
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .capture import Capture, ExpertCall, ModelParts
-from .routing import MoELayer, UnsupportedMoEError
+from .capture import Capture, ExpertCall, ModelParts, replays
+from .routing import MoELayer, UnsupportedMoEError, uncompiled
 from .sharding import unsharded
 
 
@@ -50,17 +49,22 @@ def patched(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
 def replaying(parts: ModelParts, autocast: dict[str, Any]) -> Iterator[None]:
     """The setting of every replay: no checkpointing, no compiled code, the random state kept, chosen positions off."""
     with ExitStack() as stack:
+        replays.depth += 1
+        stack.callback(_leave)
         checkpointed = [m for m in parts.checkpointable if vars(m).get("gradient_checkpointing", False)]
         for module in checkpointed:
             module.gradient_checkpointing = False
             stack.callback(setattr, module, "gradient_checkpointing", True)
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(uncompiled())
         if parts.outer.training:
             stack.enter_context(torch.random.fork_rng(devices=_accelerators(parts.outer)))
         stack.enter_context(torch.autocast(**autocast))
         stack.enter_context(_muted_head(parts.outer))
         yield
+
+
+def _leave() -> None:
+    replays.depth -= 1
 
 
 def _accelerators(model: nn.Module) -> list[torch.device]:
@@ -214,7 +218,7 @@ def gather_hidden(parts: ModelParts, capture: Capture, layer: MoELayer, route: R
 
 def prefix_hidden(parts: ModelParts, capture: Capture, layer: MoELayer, route: Reroute) -> Tensor:
     """Last hidden states `[n, m, H]`: whole sequences from the layer's own decoder layer on, per token and expert."""
-    call, (batch, length) = capture.calls[layer.name], capture.batch_shape
+    call, (batch, length) = capture.call(layer.name), capture.batch_shape
     repeated = route.tokens.repeat_interleave(route.alone.shape[1])
     rows, place = repeated // length, torch.arange(len(repeated), device=repeated.device) * length + repeated % length
 
@@ -240,7 +244,7 @@ def _replay(
     stubs = {block: _giving([select_all(capture.blocks[block], select)], block) for block in site.earlier}
     for sibling, outputs in capture.before.get(layer.name, {}).items():
         stubs[sibling] = _giving([select_all(output, select) for output in outputs], sibling)
-    flat = capture.calls[layer.name].output.dim() == 2
+    flat = capture.call(layer.name).output.dim() == 2
     stubs[layer.module] = _giving([experts.flatten(0, 1) if flat else experts], layer.module)
     with unsharded(parts, parts.base), patched(stubs):
         return parts.base(**own_cache(fresh(inputs))).last_hidden_state
