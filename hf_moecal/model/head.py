@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..probes.capture import autocast_state
+from ..probes.capture import autocast_state, base_of
 from ..probes.replay import patched
 
 
@@ -49,7 +49,7 @@ class RowSelector:
                 f"{type(model).__name__} has no output embedding; task='lm' needs an AutoModelForCausalLM."
             )
         self._outer = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-        self._base = getattr(self._outer, self._outer.base_model_prefix, self._outer)
+        self._base = base_of(self._outer)
         self._vocabulary = self._outer.config.get_text_config().vocab_size
         self._quiet = quiet
         self._tokens: Tensor | None = None

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .routing import MoELayer, UnsupportedMoEError, bind_experts, hooked
+from .experts import ExpertCall
+from .routing import MoELayer, UnsupportedMoEError, hooked
 
 
 class _Replays(threading.local):
@@ -91,8 +92,18 @@ def model_parts(model: nn.Module, layers: list[MoELayer]) -> ModelParts:
         blocks = list(path[depth])
         sites[layer.name] = Site(blocks, blocks.index(path[depth + 1]), _siblings(path[depth + 1 :]))
     tops = [child for owner, blocks in owners.items() for child in owner.children() if child is not blocks]
-    base = getattr(outer, outer.base_model_prefix, outer)
+    base = base_of(outer)
     return ModelParts(model, outer, base, [layer.module for layer in layers], tops, sites)
+
+
+def base_of(outer: nn.Module) -> nn.Module:
+    """What a transformers model calls to get `last_hidden_state`; itself where it has no head."""
+    from transformers import PreTrainedModel
+
+    base = getattr(outer, outer.base_model_prefix, outer)
+    if base is outer and outer.get_output_embeddings() is not None:  # a prefix that names no module, as in Llama 4
+        base = next((child for child in outer.children() if isinstance(child, PreTrainedModel)), outer)
+    return base
 
 
 def _path(model: nn.Module, name: str) -> list[nn.Module]:
@@ -114,22 +125,6 @@ def _siblings(chain: list[nn.Module]) -> list[nn.Module]:
 
 
 @dataclass
-class ExpertCall:
-    """One call of an experts module: its three inputs, flat over the tokens, and its output as it came."""
-
-    hidden: Tensor
-    index: Tensor
-    weights: Tensor
-    output: Tensor
-
-    @classmethod
-    def of(cls, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> ExpertCall:
-        """From what a hook is given."""
-        hidden, index, weights = bind_experts(module, args, kwargs)
-        return cls(hidden.reshape(-1, hidden.shape[-1]), index, weights, output)
-
-
-@dataclass
 class Capture:
     """What one forward of the base model left behind.
 
@@ -143,6 +138,7 @@ class Capture:
         blocks (`dict`): outputs of the decoder layers.
         scores (`dict`): per MoE layer, what its siblings gave with one column per expert, such as the router's scores,
             by sibling and position in its output.
+        given (`dict`): input of the block of each MoE layer whose weights scale what its experts read.
         before (`dict`): per MoE layer, outputs of its siblings that had finished before its experts ran.
         output (`ModelOutput`): of the base model.
     """
@@ -155,6 +151,7 @@ class Capture:
     tops: dict[nn.Module, tuple[Tensor, Any]] = field(default_factory=dict)
     blocks: dict[nn.Module, Any] = field(default_factory=dict)
     scores: dict[str, dict[tuple[nn.Module, int], Tensor]] = field(default_factory=dict)
+    given: dict[str, Tensor] = field(default_factory=dict)
     before: dict[str, dict[nn.Module, list[Any]]] = field(default_factory=dict)
     output: Any = None
 
@@ -217,7 +214,9 @@ class Recorder:
             for layer in self.layers:
                 for sibling in self.parts.sites[layer.name].siblings:
                     handles.append(sibling.register_forward_hook(self._see_sibling(layer)))
-                handles.append(layer.module.register_forward_hook(self._see_experts(layer.name), with_kwargs=True))
+                handles.append(layer.module.register_forward_hook(self._see_experts(layer), with_kwargs=True))
+                if layer.scales_inputs:
+                    handles.append(self._block(layer).register_forward_pre_hook(self._see_input(layer.name)))
             handles.append(self.parts.base.register_forward_hook(self._end))
             try:
                 yield
@@ -285,7 +284,19 @@ class Recorder:
 
         return hook
 
-    def _see_experts(self, name: str) -> Callable[..., None]:
+    def _block(self, layer: MoELayer) -> nn.Module:
+        return self.parts.model.get_submodule(layer.name.rpartition(".")[0])
+
+    def _see_input(self, name: str) -> Callable[..., None]:
+        def hook(block: nn.Module, args: tuple) -> None:
+            if self._recording is not None:
+                self._recording.given.setdefault(name, args[0])
+
+        return hook
+
+    def _see_experts(self, layer: MoELayer) -> Callable[..., None]:
+        name = layer.name
+
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
             capture = self._recording
             if capture is None:
@@ -298,7 +309,8 @@ class Recorder:
                     "checkpointing, which would give silently wrong gradients; make it non-reentrant: "
                     '{"use_reentrant": False} among the checkpointing arguments.'
                 )
-            capture.calls[name] = ExpertCall.of(module, args, kwargs, output)
+            given, scores = capture.given.get(name), capture.scores.get(name, {})
+            capture.calls[name] = ExpertCall.of(layer, args, kwargs, output, given, scores)
 
         return hook
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Capture, ModelParts, Recorder
+from .experts import replaced_at, run_experts, together
 from .precise import exact_paths, projection
 from .replay import (
     Reroute,
@@ -21,7 +22,6 @@ from .replay import (
     own_cache,
     prefix_hidden,
     replaying,
-    run_experts,
     tail,
     take_rows,
 )
@@ -69,7 +69,10 @@ def columns_of(parts: ModelParts, layer: MoELayer, capture: Capture) -> int:
     call, gap = capture.call(layer.name), float("nan")
     tokens = torch.unique(real_tokens(capture)[[0, -1]])
     with torch.no_grad(), replaying(parts, capture.autocast):
-        whole = run_experts(parts, layer, call.hidden[tokens], call.index[tokens], call.weights[tokens])
+        if layer.scales_inputs:
+            whole = together(layer, call.output)[tokens]
+        else:
+            whole = run_experts(parts, layer, call.hidden[tokens], call.index[tokens], call.weights[tokens])
         for columns in (1, 2):
             try:
                 route = Reroute.to(parts, layer, call, tokens, call.index[tokens], columns=columns)
@@ -251,8 +254,7 @@ def _rerouted(
     parts: ModelParts, layer: MoELayer, inputs: dict[str, Any], token: Tensor, alone: Tensor
 ) -> tuple[Tensor, Capture]:
     def replace_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        flat = output.reshape(-1, output.shape[-1])
-        return flat.index_copy(0, token[None], alone[None].to(flat.dtype)).reshape(output.shape)
+        return replaced_at(layer, output, token, alone)
 
     handles = [layer.module.register_forward_hook(replace_output)]
     head = parts.outer.get_output_embeddings()

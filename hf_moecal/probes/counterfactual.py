@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .capture import Capture, ExpertCall, Recorder
+from .capture import Capture, Recorder
 from .certify import Certificate, certify, columns_of, counterfactual_logits, observe_random, real_tokens
-from .replay import Reroute, consult, replaying, tail
+from .experts import ExpertCall, consult
+from .replay import Reroute, replaying, tail
 from .router import RouterLink, find_link, full_shares
 from .routing import MoELayer, RoutingRecord
 from .sharding import is_sharded, most

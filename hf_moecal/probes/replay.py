@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .capture import Capture, ExpertCall, ModelParts, replays
+from .capture import Capture, ModelParts, replays
+from .experts import ExpertCall, as_output, consult, run_experts
 from .routing import MoELayer, UnsupportedMoEError, uncompiled
 from .sharding import unsharded
 
@@ -132,24 +133,6 @@ def _real_token(outer: nn.Module) -> int:
     return 1 if outer.config.get_text_config().pad_token_id == 0 else 0
 
 
-def run_experts(parts: ModelParts, layer: MoELayer, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """The experts' weighted output `[T, H]`."""
-    with unsharded(parts, layer.module):
-        return layer.module(hidden, index, weights).reshape(len(hidden), -1)
-
-
-def consult(
-    parts: ModelParts, layer: MoELayer, call: ExpertCall, tokens: Tensor, index: Tensor, *, columns: int
-) -> Tensor:
-    """E_k of some tokens: `[n]` flat positions and `[n, k]` expert ids to `[n, k, H]`, in one call of the experts."""
-    rows, k = index.shape
-    hidden = call.hidden[tokens].repeat_interleave(k, dim=0)
-    weights = call.weights.new_zeros(rows * k, columns)
-    weights[:, 0] = 1
-    outputs = run_experts(parts, layer, hidden, index.reshape(-1, 1).expand(-1, columns), weights)
-    return outputs.reshape(rows, k, -1)
-
-
 @dataclass(frozen=True)
 class Reroute:
     """Tokens and what the experts put out for each when one expert gets the whole routing mass S.
@@ -173,6 +156,9 @@ class Reroute:
         y is computed, never taken from the forward: some blocks add to the experts' output in place.
         """
         index, weights = call.index[tokens], call.weights[tokens]
+        if layer.scales_inputs:
+            alone = consult(parts, layer, call, tokens, ids, columns=columns, mass=weights.sum(-1))
+            return cls(tokens, alone, run_experts(parts, layer, call.hidden[tokens], index, weights).unsqueeze(1))
         outputs = consult(parts, layer, call, tokens, ids, columns=columns)
         scale = weights.unsqueeze(-1).to(outputs.dtype)
         where = (index.unsqueeze(-1) == ids.unsqueeze(1)).byte()
@@ -244,8 +230,8 @@ def _replay(
     stubs = {block: _giving([select_all(capture.blocks[block], select)], block) for block in site.earlier}
     for sibling, outputs in capture.before.get(layer.name, {}).items():
         stubs[sibling] = _giving([select_all(output, select) for output in outputs], sibling)
-    flat = capture.call(layer.name).output.dim() == 2
-    stubs[layer.module] = _giving([experts.flatten(0, 1) if flat else experts], layer.module)
+    output = as_output(layer, experts, capture.call(layer.name).output)
+    stubs[layer.module] = _giving([output], layer.module)
     with unsharded(parts, parts.base), patched(stubs):
         return parts.base(**own_cache(fresh(inputs))).last_hidden_state
 

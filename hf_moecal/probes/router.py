@@ -121,6 +121,8 @@ def find_link(candidates: Scores, record: RoutingRecord, num_experts: int) -> Ro
         if scores.numel() == len(record.expert_ids) * num_experts:
             for name, link in _LINKS.items():
                 values = link(upcast(scores.detach().reshape(-1, num_experts)))
+                if not values.scatter(-1, record.expert_ids, 0.0).any():
+                    continue  # the selected experts' alone
                 multiple = float((upcast(record.weights.detach()) / values.gather(-1, record.expert_ids)).mean())
                 fits.append((_misfit(values, record, multiple), RouterLink(source, name, multiple, 0.0), values))
     fits.sort(key=lambda fit: fit[0])

@@ -43,6 +43,8 @@ class MoELayer:
         num_experts (`int`): experts that the router chooses from; shared experts are not counted.
         top_k (`int`, *optional*): experts per token, `None` where the model states it nowhere.
         module (`nn.Module`): the experts module, called as `module(hidden_states, top_k_index, top_k_weights)`.
+        scales_inputs (`bool`): whether the weights scale what the experts read instead, as in Llama 4: the module is
+            called with every token once for each expert, times its weight.
     """
 
     name: str
@@ -50,6 +52,7 @@ class MoELayer:
     num_experts: int
     top_k: int | None
     module: nn.Module = field(repr=False, compare=False)
+    scales_inputs: bool = field(default=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,14 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     for name in names:
         _refuse_split(model, name, _innermost(modules[name]))
     return [
-        MoELayer(name, index, _num_experts(modules[name]), _top_k(modules, name), modules[name])
+        MoELayer(
+            name,
+            index,
+            _num_experts(modules[name]),
+            _top_k(modules, name),
+            modules[name],
+            scales_inputs=not _weights_outputs(_innermost(modules[name])),
+        )
         for index, name in enumerate(names)
     ]
 
@@ -171,6 +181,18 @@ def _refuse_split(model: nn.Module, name: str, experts: nn.Module) -> None:
 
 
 def _keeps_contract(module: nn.Module) -> bool:
+    return _weights_outputs(module) or _scales_inputs(module)
+
+
+def _scales_inputs(module: nn.Module) -> bool:
+    """Whether an experts module has one input, and weights with one matrix per expert."""
+    weights = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
+    if len(weights) < 2 or forward_parameters(module) != _CONTRACT[:1]:
+        return False
+    return all(len(parameter) == getattr(module, "num_experts", None) for parameter in weights)
+
+
+def _weights_outputs(module: nn.Module) -> bool:
     if all(name in vars(module) for name in _DECORATED) and hasattr(type(module), "_apply_gate"):
         return len(forward_parameters(module)) >= len(_CONTRACT)
     return forward_parameters(module)[: len(_CONTRACT)] == _CONTRACT
@@ -281,6 +303,12 @@ def hard_routing(model: nn.Module, *, top_k: int = 1) -> Iterator[None]:
     handles: list[torch.utils.hooks.RemovableHandle] = []
     with hooked(handles), uncompiled():
         for layer in find_moe_layers(model):
+            if layer.scales_inputs and layer.top_k is not None and layer.top_k <= top_k:
+                continue  # each token has so few experts anyway
+            if layer.scales_inputs:
+                raise UnsupportedMoEError(
+                    f"The weights of {layer.name} scale what its experts read; hard_routing changes what they put out."
+                )
             ran: set[nn.Module] = set()
             hook = layer.module.register_forward_pre_hook(_keep_strongest(top_k, ran), with_kwargs=True)
             block = model.get_submodule(layer.name.rpartition(".")[0])
