@@ -110,7 +110,7 @@ def predict_recipe(
     batch_size: int = 32,
     hard_top_k: int | None = None,
     readout: str | None = None,
-    readout_experts: int | None = None,
+    readout_experts: int | str | None = None,
     output: str | Path | None = None,
     resume: bool = False,
 ) -> Dataset:
@@ -124,7 +124,7 @@ def predict_recipe(
         hard_top_k (`int`, *optional*): predict under [`~hf_moecal.hard_routing`] with this many experts per token.
         readout (`str`, *optional*): what predicts, see [`~hf_moecal.readouts.mixture.Readout`]; if unset what the
             checkpoint's `calibration.json` names, else the recipe's.
-        readout_experts (`int`, *optional*): with `readout="soft_mixture"`, mix only so many.
+        readout_experts (`int` or `"auto"`, *optional*): with `readout="soft_mixture"`, mix only so many.
         output, resume: as in [`predict`].
 
     Raises:

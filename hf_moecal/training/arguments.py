@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from ..model.lora import LORA_ALPHA, LORA_R
 from ..objectives import OBJECTIVES, TAU_DISAGREEMENT, TAU_REGRET, unknown_objective
-from ..readouts.mixture import READOUTS, Readout
+from ..readouts.mixture import READOUTS, Readout, parse_experts
 from ..tasks import TASKS
 
 
@@ -48,8 +48,8 @@ class MoECalArguments(TrainingArguments):
         readout (`str`, *optional*, defaults to `"native"`): what the losses and predictions are of: the model's own
             prediction, or the probabilities of the last MoE layer's experts, mixed: `"mixture"` (those selected) or
             `"soft_mixture"` (all, with the router's full distribution); see [`~hf_moecal.readouts.mixture.Readout`].
-        readout_experts (`int`, *optional*): with `readout="soft_mixture"`, mix only so many, those with the largest
-            shares.
+        readout_experts (`int` or `"auto"`, *optional*): with `readout="soft_mixture"`, mix only so many, those with
+            the largest shares; `"auto"` takes for each token the fewest that hold .99 of the router's mass.
         readout_members (`int`, *optional*, defaults to 1): trains a committee of so many last MoE layers, each with
             its own final norm and head, on the frozen layers that they share, and mixes their predictions in equal
             shares. Each trains by the objective of its own losses, as if alone, so the training loss is the sum over
@@ -106,7 +106,9 @@ class MoECalArguments(TrainingArguments):
     focal_gamma: float = field(default=2.0, metadata={"help": "Exponent of the focal loss."})
     probe_layer: int = field(default=-1, metadata={"help": "Index of the probed MoE layer."})
     readout: str = field(default="native", metadata={"help": f"What predicts: one of {', '.join(READOUTS)}."})
-    readout_experts: int | None = field(default=None, metadata={"help": "Experts of a soft mixture; all if unset."})
+    readout_experts: int | str | None = field(
+        default=None, metadata={"help": "Experts of a soft mixture, or 'auto'; all if unset."}
+    )
     readout_members: int = field(default=1, metadata={"help": "Members of the committee that is trained."})
     expert_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the experts' losses on their own."})
     task: str = field(default="classification", metadata={"help": f"One of {', '.join(TASKS)}."})
@@ -175,6 +177,7 @@ class MoECalArguments(TrainingArguments):
             )
 
     def _check_readout(self) -> None:
+        self.readout_experts = parse_experts(self.readout_experts)
         Readout(self.readout, self.readout_experts)
         _within("expert_loss_weight", self.expert_loss_weight, 0, float("inf"), "0 leaves the experts to the mixture")
         if self.expert_loss_weight and self.readout == "native":
