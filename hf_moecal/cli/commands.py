@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--hard-routing", type=int, metavar="K", help="keep only the K strongest experts per token")
     predict.add_argument("--resume", action="store_true", help="go on where a run that was killed stopped")
     predict.add_argument("--readout", help="native, mixture or soft_mixture (default: the recipe's)")
-    predict.add_argument("--readout-experts", type=int, metavar="K", help="experts of a soft mixture (default: all)")
+    predict.add_argument("--readout-experts", metavar="K", help="experts of a soft mixture, or auto (default: all)")
 
     evaluate = command("evaluate", _evaluate, "Print the calibration figures of a predictions table, per group.")
     evaluate.add_argument("table", nargs="?", help="predictions table: .parquet, .jsonl or .csv")
@@ -164,6 +164,7 @@ def _plan(options: Options) -> None:
 def _predict(options: Options) -> None:
     from accelerate import PartialState
 
+    from ..readouts.mixture import parse_experts
     from .recipe import load_recipe
     from .runs import predict_recipe
 
@@ -175,7 +176,7 @@ def _predict(options: Options) -> None:
         batch_size=options.batch_size,
         hard_top_k=options.hard_routing,
         readout=options.readout,
-        readout_experts=options.readout_experts,
+        readout_experts=parse_experts(options.readout_experts),
         output=options.output,
         resume=options.resume,
     )

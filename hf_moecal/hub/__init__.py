@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from ..calibration.rows import Rows, scoring_of
 from ..calibration.selection import AUTO, CalibrationResult, calibrate_table
 from ..calibration.temperature import IdentityCalibrator, TemperatureCalibrator
 from ..model.loading import HUB_ARGUMENTS, class_numbers, language_vocabulary, load_model
-from ..readouts.attached import ATTACHED
+from ..readouts.committee import ATTACHED
 from ..readouts.mixture import Readout
 from ..readouts.recorded import attach_readout, load_committee, recorded_readout, with_calibration
 from ..table import SCORINGS, columns, names
@@ -246,19 +247,20 @@ def attach_calibrator(model: PreTrainedModel, calibrator: Calibrator) -> None:
     setattr(model, TABLE_CALIBRATOR, calibrator)
     if not _is_of_logits(model, calibrator):
         return
-    attached = getattr(model, ATTACHED, None)
 
-    def calibrate(module: torch.nn.Module, arguments: tuple, output: Any) -> Any:
-        if module.training or is_left_to_table(module):
-            return output
-        if attached is not None and attached.is_quiet:  # the readout's own forwards
-            return output
-        if not hasattr(output, "logits"):
-            raise ValueError("A calibrated model returns named outputs; call it with return_dict=True.")
-        output.logits = _calibrated(output.logits, calibrator)
+    model.register_forward_hook(partial(_calibrate, calibrator))
+
+
+def _calibrate(calibrator: Calibrator, module: torch.nn.Module, arguments: tuple, output: Any) -> Any:
+    attached = getattr(module, ATTACHED, None)  # a copy of the model has its own
+    if module.training or is_left_to_table(module):
         return output
-
-    model.register_forward_hook(calibrate)
+    if attached is not None and attached.is_quiet:  # the readout's own forwards
+        return output
+    if not hasattr(output, "logits"):
+        raise ValueError("A calibrated model returns named outputs; call it with return_dict=True.")
+    output.logits = _calibrated(output.logits, calibrator)
+    return output
 
 
 def _is_of_logits(model: PreTrainedModel, calibrator: Calibrator) -> bool:

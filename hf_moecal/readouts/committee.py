@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ from ..probes.routing import hooked, upcast
 
 
 MEMBERS_FILE = "members.safetensors"
+ATTACHED = "moecal_reading"
+"""Attribute of a loaded model that predicts by a readout for good: its `ReadoutForward`."""
 SPREAD, HEAD_SPREAD, LANGUAGE_SPREAD = 0.5, 1.0, 0.1
 """Noise on the matrices of a further member's block and head, in units of each matrix's own root mean square.
 
@@ -178,7 +181,12 @@ def _member_model(model: nn.Module, own: Mapping[str, nn.Parameter]) -> nn.Modul
             if hasattr(value, "to_diff_dict"):  # configurations
                 memo[id(value)] = value
     memo[id(getattr(model, CONTAINER))] = None
-    return copy.deepcopy(model, memo)
+    whole = ("_forward_hooks", "_forward_pre_hooks")  # of the committee, not of a member
+    memo |= {id(vars(model)[name]): OrderedDict() for name in whole}
+    member = copy.deepcopy(model, memo)
+    if ATTACHED in vars(member):
+        getattr(member, ATTACHED).detach()
+    return member
 
 
 class Shared:

@@ -7,9 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibration import (
     CalibrationRecord,
@@ -21,9 +19,8 @@ from ..calibration import (
 )
 from ..calibration.record import FILE_NAME
 from ..probes import find_moe_layers
-from ..table import IGNORED_LABEL
-from .attached import ATTACHED, AttachedReadout
-from .committee import MEMBERS_FILE, count_members, load_members
+from .committee import ATTACHED, MEMBERS_FILE, count_members, load_members
+from .forward import ReadoutForward
 from .mixture import Readout
 
 
@@ -118,54 +115,6 @@ def attach_readout(model: nn.Module, readout: Readout) -> None:
             f"A readout mixes probabilities of classes, and {type(model).__name__} with num_labels="
             f"{model.config.num_labels} and problem_type={model.config.problem_type!r} has none."
         )
-    attached = AttachedReadout(model, readout, rows=language, training=False)
-    attached.__enter__()  # never left: it belongs to the model now
-    if language:
-        serving = _LanguageModel(attached)
-        model.register_forward_pre_hook(serving.ask, with_kwargs=True)
-    model.register_forward_hook(serving.answer if language else _with_loss, with_kwargs=True)
-    setattr(model, ATTACHED, attached)
-
-
-def _with_loss(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    labels = kwargs.get("labels")
-    if not model.training and labels is not None:
-        output["loss"] = F.nll_loss(output["logits"], labels.view(-1), ignore_index=IGNORED_LABEL)
-    return output
-
-
-class _LanguageModel:
-    """Between a language model's caller and its readout: positions are asked for before a forward, answered after."""
-
-    def __init__(self, attached: AttachedReadout) -> None:
-        self._attached = attached
-        self._asked: tuple[Any, tuple[int, int], Tensor | None] | None = None
-
-    def ask(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        self._asked = None
-        if model.training or self._attached.is_quiet:
-            return None
-        given = args[0] if args else kwargs.get("input_ids")
-        given = kwargs.get("inputs_embeds") if given is None else given
-        batch, length = given.shape[:2]
-        everywhere = torch.arange(batch * length, device=given.device).view(batch, length)
-        kept = kwargs.get("logits_to_keep", 0)
-        tokens = everywhere[:, kept] if isinstance(kept, Tensor) else everywhere[:, -kept:]
-        labels = kwargs.get("labels")
-        if labels is not None and tokens.shape != everywhere.shape:
-            raise ValueError("A loss needs every position; leave `logits_to_keep` or `labels` unset.")
-        attached = self._attached.at(tokens.reshape(-1))
-        attached.__enter__()
-        self._asked = attached, tuple(tokens.shape), labels
-        return args, {name: value for name, value in kwargs.items() if name not in ("logits_to_keep", "labels")}
-
-    def answer(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if self._asked is None or self._attached.is_quiet:
-            return output
-        (attached, shape, labels), self._asked = self._asked, None
-        found = self._attached.together(output, lambda part, log_probs: log_probs)
-        attached.__exit__(None, None, None)
-        output["logits"] = found.unflatten(0, shape)
-        if labels is not None:
-            output["loss"] = F.nll_loss(output["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return output
+    forward = ReadoutForward(model, readout)
+    model.forward = forward
+    setattr(model, ATTACHED, forward)
