@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,22 +28,22 @@ TABLE_CALIBRATOR = "moecal_table_calibrator"
 TOKEN_SCORING = "label_word"
 """The one way of scoring options in which a temperature of their scores is one of the model's own logits."""
 
-_LEFT_TO_TABLE = "_moecal_left_to_table"
+_left_to_table: ContextVar[frozenset[int]] = ContextVar("left_to_table", default=frozenset())
 
 
 @contextmanager
 def left_to_table(model: Any) -> Iterator[Calibrator | None]:
-    """Within the block a loaded model gives its own logits, for a table to which its calibrator is then applied."""
-    setattr(model, _LEFT_TO_TABLE, True)
+    """Within the block, and in this thread, a loaded model gives its own logits: its calibrator works on the table."""
+    before = _left_to_table.set(_left_to_table.get() | {id(model)})
     try:
         yield getattr(model, TABLE_CALIBRATOR, None)
     finally:
-        delattr(model, _LEFT_TO_TABLE)
+        _left_to_table.reset(before)
 
 
 def is_left_to_table(model: Any) -> bool:
     """Whether a forward now is inside [`left_to_table`]."""
-    return getattr(model, _LEFT_TO_TABLE, False)
+    return id(model) in _left_to_table.get()
 
 
 class Calibrator:
