@@ -39,6 +39,10 @@ class CalibrationRecord:
         baked: how the calibration became part of the weights (then it must not be applied again), or `None`.
         readout: what predicts, where that is not the checkpoint's own logits: `kind`, `experts`, `members` (see
             [`~hf_moecal.readouts.mixture.Readout`]); the method's parameters are of its predictions.
+        weights: of what weights it is: `fingerprint` of the checkpoint's own, and of an adapter's `base` (see
+            [`~hf_moecal.model.weight_files.weights_fingerprint`]).
+        conditions: under what the predictions were made that it was fitted on: `dtype`, `attention`, `experts`,
+            `quantization`.
     """
 
     method: str
@@ -51,6 +55,8 @@ class CalibrationRecord:
     versions: dict[str, str] = field(default_factory=dict)
     baked: dict[str, Any] | None = None
     readout: dict[str, Any] | None = None
+    weights: dict[str, str] | None = None
+    conditions: dict[str, str] | None = None
 
 
 def read_record(path: str | Path) -> CalibrationRecord:
@@ -223,6 +229,10 @@ def is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool) or is_number(value) or _is_text(value)
 
 
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, value.values()))
+
+
 def _is_figures(value: Any) -> bool:
     return value is None or isinstance(value, dict) and is_plain(value)
 
@@ -235,7 +245,9 @@ _FIELDS = {
     "after": _is_figures,
     "comparison": lambda value: isinstance(value, list) and all(isinstance(v, dict) and is_plain(v) for v in value),
     "warnings": lambda value: isinstance(value, list) and all(map(_is_text, value)),
-    "versions": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
+    "versions": _is_texts,
     "baked": _is_figures,
     "readout": _is_figures,
+    "weights": _is_texts,
+    "conditions": _is_texts,
 }

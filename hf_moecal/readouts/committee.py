@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ..model.freezing import CONTAINER, head_modules, last_moe_site
+from ..model.weight_files import MEMBERS_FILE
 from ..probes.capture import autocast_state
 from ..probes.certify import evaluating
 from ..probes.replay import patched
 from ..probes.routing import hooked, upcast
 
 
-MEMBERS_FILE = "members.safetensors"
 SPREAD, HEAD_SPREAD, LANGUAGE_SPREAD = 0.5, 1.0, 0.1
 """Noise on the matrices of a further member's block and head, in units of each matrix's own root mean square.
 
@@ -118,14 +119,23 @@ def drop_members(model: nn.Module) -> None:
 
 
 def save_members(model: nn.Module, folder: str | Path) -> Path | None:
-    """Writes `members.safetensors` beside the checkpoint of member 0; `None` for a model without further members."""
+    """Writes `members.safetensors` beside the checkpoint of member 0; `None` for a model without further members.
+
+    Such a file of an earlier committee goes, since it would be published with a checkpoint that it is no part of.
+    """
     from safetensors.torch import save_file
 
-    if count_members(model) == 1:
-        return None
     path = Path(folder) / MEMBERS_FILE
+    if count_members(model) == 1:
+        path.unlink(missing_ok=True)
+        return None
     tensors = getattr(model, CONTAINER).state_dict()
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial, metadata={"format": "pt"})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 
