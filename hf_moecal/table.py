@@ -19,6 +19,8 @@ One row per example. A producer fills the columns that it has; a consumer asks f
 | `expert_ids` | int [k] | selected experts, in the router's order |
 | `expert_weights` | float [k] | their routing weights w_k |
 | `expert_logits` | float [k, C] | what each would have predicted alone |
+| `readout` | str | what predicts, where that is not the model's own logits |
+| `conditions` | str | dtype, attention and experts implementation, quantization under which it was predicted |
 
 Of answer options (C of them; those that a row lacks have probability zero) `disagreement` and the other figures of the
 routing are over the options where these are single label words. Whole options have many tokens: theirs are means over

@@ -19,6 +19,7 @@ from ..readouts.mixture import Readout
 from ..readouts.recorded import record_readout, recorded_readout
 from .checkpoint_files import EVALUATION_FILE, TRAINING_FILE
 
+
 _OF_ONE_MEMBER = ("checkpoint-*", CALIBRATION_FILE, EVALUATION_FILE)
 
 

@@ -16,6 +16,8 @@ from ..calibration.record import FILE_NAME, read_json, read_record
 from ..model.loading import ADAPTER_CONFIG
 from ..readouts.committee import MEMBERS_FILE
 from ..readouts.mixture import Readout
+from ..readouts.recorded import check_fresh
+from ..versions import http_errors
 from .checkpoint_files import (
     EVALUATION_FILE,
     TRAINING_FILE,
@@ -126,7 +128,9 @@ def publishable(model_dir: Path) -> dict[str, Path]:
         if missing:
             raise ValueError(f"{name} names {missing[0]!r}, which is not in the folder; save the checkpoint again.")
     if FILE_NAME in found:
-        readout = Readout.from_record(read_record(found[FILE_NAME]).readout)
+        record = read_record(found[FILE_NAME])
+        check_fresh(record, model_dir)
+        readout = Readout.from_record(record.readout)
         if readout.members > 1 and MEMBERS_FILE not in found:
             raise ValueError(f"{FILE_NAME} says {readout.name!r}, but {MEMBERS_FILE} is not in the folder.")
     if ADAPTER_CONFIG in found:
@@ -296,15 +300,8 @@ def _explained(step: str) -> Iterator[None]:
             said = " ".join(str(error).split())[:300]
         raise PublishError(f"Failed {step}: {said} Nothing half-done is visible.") from None
     except Exception as error:
-        if not isinstance(error, OSError | RuntimeError | _client_errors()):
+        if not isinstance(error, OSError | RuntimeError | http_errors()):
             raise
         raise PublishError(
             f"Failed {step}: the connection broke ({type(error).__name__}). Nothing half-done is visible; push again."
         ) from None
-
-
-def _client_errors() -> type[Exception]:
-    """Base of the errors of the HTTP library that this huggingface_hub uses, which has changed with its versions."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")

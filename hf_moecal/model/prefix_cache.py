@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from tqdm.auto import tqdm
 
 from ..probes.replay import patched
+from ..versions import CACHE_NAMES
 from .freezing import check_frozen, last_moe_site
 from .head import RowSelector, pooled_positions
 from .state_store import StateStore
@@ -34,7 +35,7 @@ _UNRELATED = (  # settings that no hidden state depends on
     *("_name_or_path", "architectures", "id2label", "label2id", "problem_type", "transformers_version"),
     *("use_cache", "output_router_logits", "router_aux_loss_coef"),
 )
-_SHAPING = ("position_ids", "inputs_embeds", "token_type_ids", "past_key_values")
+_SHAPING = ("position_ids", "inputs_embeds", "token_type_ids", *CACHE_NAMES)
 
 
 _INPUT = "layer input"

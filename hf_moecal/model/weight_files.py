@@ -91,17 +91,15 @@ def weights_fingerprint(folder: str | Path) -> str | None:
 def _tensor_digests(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         header, start = _header(file, path)
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
+        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+        if path.stat().st_size < start + max((entry["data_offsets"][1] for entry in tensors), default=0):
+            raise ValueError(f"{path.name} was cut short; save the checkpoint again.")
+        for entry in tensors:
             begin, end = entry["data_offsets"]
             digest = blake2b(f"{entry['dtype']} {entry['shape']} ".encode(), digest_size=16)
             for offset, size in _pieces(end - begin):
                 file.seek(start + begin + offset)
-                piece = file.read(size)
-                if len(piece) != size:
-                    raise ValueError(f"{path.name} was cut short: {name!r} is incomplete; save the checkpoint again.")
-                digest.update(piece)
+                digest.update(file.read(size))
             yield digest.digest()
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..calibration.base import TABLE_CALIBRATOR
+from ..model.conditions import CONDITIONS, as_text, conditions_of
 from ..model.prefix_cache import PrefixCache, fingerprint
 from ..probes import hard_routing
 from ..probes.certify import evaluating
@@ -101,6 +102,8 @@ def predict(
 
     Returns:
         `datasets.Dataset`: the predictions table, in the order of `dataset`; its columns are in [`hf_moecal.table`].
+        The column `conditions` says under what dtype, attention and experts implementation, and quantization, they
+        were predicted, for the calibration that is fitted on them.
         `id` is the row number unless the dataset has that column.
 
     Raises:
@@ -141,7 +144,8 @@ def predict(
         else:
             reader = LanguageReader(model, dataset, task=task, scoring=scoring, example=example, **given, **watched)
         stack.enter_context(reader)
-        made = _Making(model, dataset, reader, batch_size, {"group": group, "readout": reader.readout.name}, progress)
+        constant = {"group": group, "readout": reader.readout.name, CONDITIONS: as_text(conditions_of(model))}
+        made = _Making(model, dataset, reader, batch_size, constant, progress)
         if output is None:
             return made.in_memory()
         return made.in_file(Path(output), settings, resume)

@@ -24,6 +24,7 @@ from ..probes.capture import autocast_state
 from ..probes.certify import evaluating
 from ..probes.replay import patched
 from ..probes.routing import hooked, upcast
+from ..versions import CACHE_NAMES, cache_name, given_cache
 
 
 SPREAD, HEAD_SPREAD, LANGUAGE_SPREAD = 0.5, 1.0, 0.1
@@ -230,13 +231,13 @@ class Shared:
         Raises:
             ValueError: the forward continues from a cache, or a member needs more than the frozen layers' outputs.
         """
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
                 "A committee reads whole sequences: only its first member has a cache. Call it without "
-                "`past_key_values`, or generate with the plain checkpoint."
+                f"`{cache_name()}`, or generate with the plain checkpoint."
             )
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "past_key_values")}
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", *CACHE_NAMES)}
         if not self._verified:
             self._verify(args, kwargs)
             self._verified = True
