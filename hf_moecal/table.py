@@ -20,6 +20,7 @@ One row per example. A producer fills the columns that it has; a consumer asks f
 | `expert_weights` | float [k] | their routing weights w_k |
 | `expert_logits` | float [k, C] | what each would have predicted alone |
 | `readout` | str | what predicts, where that is not the model's own logits |
+| `calibration` | str | the method by which the logits are calibrated already, where they are |
 | `conditions` | str | dtype, attention and experts implementation, quantization under which it was predicted |
 
 Of answer options (C of them; those that a row lacks have probability zero) `disagreement` and the other figures of the

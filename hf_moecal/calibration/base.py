@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 TABLE_CALIBRATOR = "moecal_table_calibrator"
 """Attribute under which a loaded model carries a calibrator that needs the routing: `predict` applies it."""
 
+CALIBRATED = "moecal_calibrated_logits"
+"""Attribute of a loaded model whose logits come calibrated: the method. `predict` says so in the column below."""
+CALIBRATION = "calibration"
+"""Column of a predictions table whose logits are calibrated already: by which method."""
+
 _SMALLEST = np.finfo(np.float32).tiny  # a probability of zero in a float32 log is at most this
 
 

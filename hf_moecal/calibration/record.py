@@ -105,7 +105,11 @@ def write_record(path: str | Path, record: CalibrationRecord) -> Path:
 
 def write_json(path: Path, content: dict[str, Any]) -> Path:
     """Writes strict JSON (a number that is not finite becomes null) through a temporary file beside `path`."""
-    text = json.dumps(strict(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_text(path, json.dumps(strict(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes a text through a temporary file beside `path`: a full disk or a kill leaves the old file."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..calibration import CalibrationRecord, Calibrator, from_record, read_record, write_record
-from ..calibration.base import TABLE_CALIBRATOR
+from ..calibration.base import CALIBRATED, CALIBRATION, TABLE_CALIBRATOR
 from ..calibration.record import FILE_NAME, MAX_BYTES
 from ..calibration.selection import AUTO, CalibrationResult, calibrate_table
 from ..calibration.temperature import IdentityCalibrator, TemperatureCalibrator
@@ -34,6 +34,7 @@ from .saving import keep_on_save
 __all__ = [
     "PublishError",
     "attach_calibrator",
+    "before_and_after",
     "calibrate",
     "from_pretrained",
     "load_calibration",
@@ -135,6 +136,7 @@ def calibrate(
         ValueError: the table cannot be used, holds rows that the checkpoint's record names as training data, mixes
             predictions of different kinds, or is of a committee that the checkpoint is not.
     """
+    _refuse_calibrated(table)
     readout, conditions = _readout_of(table, model_dir), _only(table, CONDITIONS)
     result = calibrate_table(table, method=method, folds=folds, seed=seed, training_ids=load_training_ids(model_dir))
     write_calibration(
@@ -149,6 +151,15 @@ def calibrate(
         conditions=None if conditions is None else from_text(conditions),
     )
     return result
+
+
+def _refuse_calibrated(table: Table) -> None:
+    """Raises for the predictions of a model that was loaded with its calibration: they are not its own any more."""
+    if CALIBRATION in names(table):
+        raise ValueError(
+            f"The table's logits are calibrated already (by {_only(table, CALIBRATION)!r}): the model was loaded with "
+            "its calibration. Predict with the plain checkpoint (`moecal predict`, or load it with transformers)."
+        )
 
 
 def _only(table: Table, name: str) -> str | None:
@@ -171,6 +182,30 @@ def _readout_of(table: Table, model_dir: str | Path) -> Readout:
             f"{own.name or 'native'!r}; predict with the checkpoint itself."
         )
     return readout
+
+
+def before_and_after(model_dir: str | Path, table: Table) -> tuple[Table, Table | None]:
+    """A checkpoint's predictions as its own probabilities, and calibrated by what it carries.
+
+    Args:
+        model_dir: folder of the checkpoint.
+        table: its predictions, calibrated already or not.
+
+    Returns:
+        The table with its own probabilities, and the calibrated one; `None` where there is nothing to apply: no
+        calibration, one that is part of the weights, or a table without distributions.
+
+    Raises:
+        ValueError: the calibration is of other weights, needs columns that the table lacks, or is in its logits.
+    """
+    _refuse_calibrated(table)
+    own = IdentityCalibrator.from_parameters({}).apply(table) if {"logits", "probs"} & set(names(table)) else table
+    if own is table or not (Path(model_dir) / FILE_NAME).exists():
+        return own, None
+    record = read_record(model_dir)
+    if record.baked is not None or record.method == "none":
+        return own, None
+    return own, load_calibration(model_dir).apply(table)
 
 
 def load_calibration(model_dir: str | Path, **hub: Any) -> Calibrator:
@@ -265,6 +300,7 @@ def attach_calibrator(model: PreTrainedModel, calibrator: Calibrator) -> None:
         return output
 
     model.register_forward_hook(calibrate)
+    setattr(model, CALIBRATED, calibrator.method)
 
 
 def _classifies(model: PreTrainedModel) -> bool:

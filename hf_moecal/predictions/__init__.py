@@ -12,7 +12,7 @@ from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..calibration.base import TABLE_CALIBRATOR
+from ..calibration.base import CALIBRATED, CALIBRATION, TABLE_CALIBRATOR
 from ..model.conditions import CONDITIONS, as_text, conditions_of
 from ..model.prefix_cache import PrefixCache, fingerprint
 from ..probes import hard_routing
@@ -144,7 +144,8 @@ def predict(
         else:
             reader = LanguageReader(model, dataset, task=task, scoring=scoring, example=example, **given, **watched)
         stack.enter_context(reader)
-        constant = {"group": group, "readout": reader.readout.name, CONDITIONS: as_text(conditions_of(model))}
+        constant = {"group": group, "readout": reader.readout.name, CALIBRATION: getattr(model, CALIBRATED, None)}
+        constant[CONDITIONS] = as_text(conditions_of(model))
         made = _Making(model, dataset, reader, batch_size, constant, progress)
         if output is None:
             return made.in_memory()

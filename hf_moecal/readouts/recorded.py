@@ -57,7 +57,7 @@ def record_readout(model_dir: str | Path, readout: Readout) -> None:
     path = Path(model_dir) / FILE_NAME
     record = read_record(path) if path.exists() else None
     if record is not None:
-        reason = stale(record, model_dir)
+        reason = stale(record.weights, model_dir)
         if Readout.from_record(record.readout) == readout and reason is None:
             return
         if record.method != "none":
@@ -82,15 +82,15 @@ def weights_record(model_dir: str | Path) -> dict[str, str] | None:
     return {"fingerprint": own, **({} if of_base is None else {"base": of_base})}
 
 
-def stale(record: CalibrationRecord, model_dir: str | Path) -> str | None:
-    """Why a record is not of the weights in a folder; `None` if it is, or nothing can be compared."""
-    found = weights_record(model_dir) if record.weights else None
+def stale(weights: Mapping[str, str] | None, model_dir: str | Path) -> str | None:
+    """Why what says of which `weights` it is, is not of those in a folder; `None` if it is, or none can tell."""
+    found = weights_record(model_dir) if weights else None
     if found is None:
         return None
-    if found["fingerprint"] != record.weights.get("fingerprint"):
-        return "the weights beside it have changed since it was fitted"
-    if "base" in found and found["base"] != record.weights.get("base", found["base"]):
-        return "the adapter's base model has other weights than when it was fitted"
+    if found["fingerprint"] != weights.get("fingerprint"):
+        return "the weights beside it have changed since it was made"
+    if "base" in found and found["base"] != weights.get("base", found["base"]):
+        return "the adapter's base model has other weights than when it was made"
     return None
 
 
@@ -100,7 +100,7 @@ def check_fresh(record: CalibrationRecord, model_dir: str | Path) -> None:
     Raises:
         ValueError: the weights were changed after the record was made.
     """
-    reason = stale(record, model_dir)
+    reason = stale(record.weights, model_dir)
     if reason is not None:
         raise ValueError(
             f"{FILE_NAME} in {str(model_dir)!r} is not of this checkpoint: {reason}. Predict on held-out data and fit "

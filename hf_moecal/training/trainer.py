@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from ..hub.checkpoint_files import write_training_record
 from ..metrics import calibration_metrics
 from ..model.freezing import CONTAINER, set_trainable, what_trains
 from ..model.lora import add_lora
@@ -31,10 +29,11 @@ from .checkpoints import checkpoint_to_resume, restore_weights
 from .compatibility import check_arguments, check_datasets, check_distribution, check_optimizer, checked_loader
 from .losses import LossComputer
 from .optimizer_batch import BatchSummary, OptimizerBatch, RandomState, average_summaries, without_repeats
+from .publishing import PublishingMixin
 from .streaming import choose_batch_type
 
 
-class MoECalMixin:
+class MoECalMixin(PublishingMixin):
     """Makes the Trainer behind it optimise `args.objective` over the whole optimizer batch; see [`MoECalTrainer`]."""
 
     loss_is_scaled_for_ga = True  # the coefficients are derivatives over the whole optimizer batch
@@ -125,54 +124,6 @@ class MoECalMixin:
             self._summaries = []
         super().log(logs, *args, **kwargs)
 
-    def push_to_hub(self, commit_message: str = "Publish the model with its calibration", **kwargs: Any) -> str | None:
-        """Publishes the model with its calibration and a card that states it; see [`hf_moecal.hub.push`].
-
-        Args:
-            commit_message (`str`): of the one commit.
-            kwargs: `revision` and `token`, and what `Trainer.create_model_card` takes.
-
-        Returns:
-            `str`: address of the repository, on the main process.
-        """
-        from ..hub import push
-
-        revision, token = kwargs.pop("revision", None), kwargs.pop("token", None) or self.args.hub_token
-        kwargs.pop("blocking", None)  # one commit is over when the call is
-        self.save_model(_internal_call=True)  # which otherwise publishes, and so comes back here
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**kwargs)
-        self.save_training_record()
-        return push(
-            self.args.output_dir,
-            repo_id=self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
-            private=self.args.hub_private_repo,
-            revision=revision or self.args.hub_revision,
-            token=token,
-            commit_message=commit_message,
-        )
-
-    def save_training_record(self) -> None:
-        """Writes beside the weights how they were trained, and hashes of the training rows' text ids.
-
-        [`hf_moecal.hub.calibrate`] then refuses to fit a calibration on rows that the model has seen.
-        """
-        if self.is_world_process_zero():
-            write_training_record(self.args.output_dir, settings=self._settings(), ids=self._training_ids())
-
-    def _settings(self) -> dict[str, Any]:
-        names = ("objective", "eta", "detach_weights", "robust_warmup_ratio", "train", "seed", "num_train_epochs")
-        if self.args.readout != "native" or self.args.readout_members > 1:
-            names += ("readout", "readout_experts", "readout_members", "expert_loss_weight")
-        base = getattr(self.model.config, "_name_or_path", None)
-        return {name: getattr(self.args, name) for name in names} | ({"base_model": base} if base else {})
-
-    def _training_ids(self) -> list[str]:
-        if "id" not in (getattr(self.train_dataset, "column_names", None) or ()):
-            return []
-        return [key for key in self.train_dataset["id"] if isinstance(key, str)]
-
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self.args.task == "choice":  # read by the collator, not by the model
@@ -201,6 +152,7 @@ class MoECalMixin:
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._restore(self.state.best_model_checkpoint)
+        self.keep_evaluations_of(self.state.best_model_checkpoint)
 
     def _restore(self, checkpoint: str) -> None:
         """Loads what Trainer leaves out of a plain checkpoint; sharded ones and adapters load whole by themselves."""
