@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,10 +77,22 @@ def license_of_base(api: HfApi, model_dir: Path) -> str | None:
     if not isinstance(base, str) or not base:
         return None
     if is_local_path(base):
-        card = Path(base) / CARD
-        return metadata_of(card.read_text(encoding="utf-8")).get("license") if card.is_file() else None
+        local = Path(base) / CARD
+        return metadata_of(local.read_text(encoding="utf-8")).get("license") if local.is_file() else None
     try:
-        data = api.model_info(base).card_data
+        card = published_card(api, base, None)
     except (HfHubHTTPError, HFValidationError):  # private, gone, or no name on the Hub
         return None
-    return None if data is None else data.to_dict().get("license")
+    return None if card is None else metadata_of(card).get("license")
+
+
+def published_card(api: HfApi, repo_id: str, commit: str | None) -> str | None:
+    """The text of a repository's card; `None` where it has none."""
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = api.hf_hub_download(repo_id, CARD, revision=commit, local_dir=folder)
+        except RemoteEntryNotFoundError:  # and not its base, which also says that the Hub could not be reached
+            return None
+        return Path(path).read_text(encoding="utf-8")

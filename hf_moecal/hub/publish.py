@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from ..model.weight_files import INDEX, MEMBERS_FILE, WHOLE, weight_files
 from ..readouts.mixture import Readout
 from ..readouts.recorded import check_fresh
 from ..versions import http_errors
-from .checkpoint_card import CARD, license_of_base, make_card
+from .checkpoint_card import CARD, license_of_base, make_card, published_card
 from .checkpoint_files import EVALUATION_FILE, TRAINING_FILE, fresh_evaluation, write_evaluation
 from .model_card import benchmark_entry
 
@@ -108,8 +107,10 @@ def push(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
     with _explained("reading the repository"):
         head = api.model_info(repo_id, revision=revision).sha
-        published = _published_card(api, repo_id, head)
-        license = license or license_of_base(api, model_dir)
+        published = published_card(api, repo_id, head)
+    if license is None:
+        with _explained("reading the base model's card"):
+            license = license_of_base(api, model_dir)
     pictures = [name for name in files if name.endswith((".png", ".svg"))]
     card = make_card(model_dir, repo_id=repo_id, published=published, figures=pictures, license=license)
     made = {CARD: card.encode("utf-8"), **benchmark_entry(fresh_evaluation(model_dir))}
@@ -187,17 +188,6 @@ def _api(token: str | None) -> HfApi:
 def _refuse_secrets(name: str, content: bytes, token: str) -> None:
     if token.encode() in content or _TOKEN.search(content):
         raise ValueError(f"{name} holds an access token and was not published; remove it from the file.")
-
-
-def _published_card(api: HfApi, repo_id: str, commit: str) -> str | None:
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            path = api.hf_hub_download(repo_id, CARD, revision=commit, local_dir=folder)
-        except RemoteEntryNotFoundError:  # and not its base, which also says that the Hub could not be reached
-            return None
-        return Path(path).read_text(encoding="utf-8")
 
 
 def _commit(
