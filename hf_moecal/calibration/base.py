@@ -28,6 +28,9 @@ TABLE_CALIBRATOR = "moecal_table_calibrator"
 TOKEN_SCORING = "label_word"
 """The one way of scoring options in which a temperature of their scores is one of the model's own logits."""
 
+CALIBRATION = "calibration"
+"""Column of a predictions table whose probabilities are calibrated already: by which method."""
+
 _left_to_table: ContextVar[frozenset[int]] = ContextVar("left_to_table", default=frozenset())
 
 

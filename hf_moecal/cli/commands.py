@@ -132,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--model", required=True, help="folder of the checkpoint")
     push.add_argument("--repo-id", required=True, help="ORG/NAME")
     push.add_argument("--table", help="predictions table whose figures go into the card, per group")
+    push.add_argument("--license", help="the model's license, as the Hub names them (default: the base model's)")
     push.add_argument("--private", action="store_true", default=None)
     push.add_argument("--revision", help="branch")
     for added in (evaluate, calibrate, report, push):
@@ -261,18 +262,21 @@ def _probe(options: Options) -> None:
 
 
 def _push(options: Options) -> None:
-    from ..hub import push
+    from ..hub import before_and_after, push
     from ..metrics import table_report
 
-    evaluation = None
+    evaluation = calibrated = None
     if options.table is not None:
-        evaluation = table_report(grouped_by(read_given(options.table, renormalize=options.renormalize), "group"))[
-            "groups"
-        ]
+        table = grouped_by(read_given(options.table, renormalize=options.renormalize), "group")
+        raw, applied = before_and_after(options.model, table)
+        evaluation = table_report(raw)["groups"]
+        calibrated = None if applied is None else table_report(applied)["groups"]
     url = push(
         options.model,
         repo_id=options.repo_id,
         evaluation=evaluation,
+        calibrated=calibrated,
+        license=options.license,
         private=options.private,
         revision=options.revision,
     )

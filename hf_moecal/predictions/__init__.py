@@ -13,7 +13,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..calibration import Calibrator, TemperatureCalibrator
-from ..calibration.base import TABLE_CALIBRATOR, left_to_table
+from ..calibration.base import CALIBRATION, TABLE_CALIBRATOR, left_to_table
+from ..model.conditions import CONDITIONS, as_text, conditions_of
 from ..model.prefix_cache import PrefixCache, fingerprint
 from ..probes import hard_routing
 from ..probes.certify import evaluating
@@ -100,6 +101,8 @@ def predict(
 
     Returns:
         `datasets.Dataset`: the predictions table, in the order of `dataset`; its columns are in [`hf_moecal.table`].
+        The column `conditions` says under what dtype, attention and experts implementation, and quantization, they
+        were predicted, for the calibration that is fitted on them.
         `id` is the row number unless the dataset has that column.
 
     Raises:
@@ -143,7 +146,9 @@ def predict(
         stack.enter_context(reader)
         constant = {"group": group, "readout": reader.readout.name}
         constant["scoring"] = scoring if task == "choice" else None
+        constant[CONDITIONS] = as_text(conditions_of(model))
         if calibrator is not None:
+            constant[CALIBRATION] = calibrator.method
             stack.enter_context(left_to_table(model))
         made = _Making(model, dataset, reader, batch_size, constant, calibrator, progress)
         if output is None:

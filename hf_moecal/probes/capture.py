@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..versions import given_cache, with_cache
 from .experts import ExpertCall
 from .routing import MoELayer, UnsupportedMoEError, hooked
 
@@ -255,8 +256,8 @@ class Recorder:
             return
         names = inspect.signature(base.forward).parameters
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if inputs.get("past_key_values") is not None:
-            inputs["past_key_values"] = self._cache_before(inputs["past_key_values"])
+        if given_cache(inputs) is not None:
+            inputs = with_cache(inputs, self._cache_before(given_cache(inputs)))
         self._open = Capture(inputs, autocast_state(base), torch.is_grad_enabled(), frozenset(self.replayed))
 
     def _cache_before(self, cache: Any) -> Any:

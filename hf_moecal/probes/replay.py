@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..versions import CACHE_NAMES, given_cache, with_cache
 from .capture import Capture, ModelParts, replays
 from .experts import ExpertCall, as_output, consult, run_experts
 from .routing import MoELayer, UnsupportedMoEError, uncompiled
@@ -285,7 +286,7 @@ def take_rows(inputs: dict[str, Any], batch: int, rows: Tensor) -> dict[str, Any
     def take(value: Any, name: str) -> Any:
         if isinstance(value, dict):
             return {key: take(item, key) for key, item in value.items()}
-        if name == "past_key_values" and value is not None:
+        if name in CACHE_NAMES and value is not None:
             return _cache_rows(value, rows)
         if not isinstance(value, Tensor) or value.dim() < 2:
             return value
@@ -304,8 +305,8 @@ def _cache_rows(cache: Any, rows: Tensor) -> Any:
 
 def own_cache(inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs with a copy of their cache, which a forward changes."""
-    cache = inputs.get("past_key_values")
-    return inputs if cache is None else {**inputs, "past_key_values": copy.deepcopy(cache)}
+    cache = given_cache(inputs)
+    return inputs if cache is None else with_cache(inputs, copy.deepcopy(cache))
 
 
 def fresh(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,15 @@ def written(tmp_path_factory):
     return path, tables
 
 
+def test_a_second_report_leaves_no_picture_of_the_first(tmp_path):
+    first, second = make_table(), {**make_table(routing=False), "group": ["reviews"] * 400}
+    report.write_report({"a": first}, tmp_path, title="first", bootstrap=5)
+    (tmp_path / "reliability_mine.png").write_bytes(b"a user's own")
+    assert (tmp_path / "reliability_movie.png").is_file() and list(tmp_path.glob("gap_by_*.png"))
+    report.write_report({"a": second}, tmp_path, title="second", bootstrap=5)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"reliability_reviews.png", "reliability_mine.png"}
+
+
 def test_bins_against_a_plain_loop():
     table = make_table(classes=5)
     data = report.reliability(table, bins=10)
