@@ -12,10 +12,11 @@ import hf_moecal
 
 PACKAGE = Path(hf_moecal.__file__).parent
 # What each folder may import, beside itself and what stands on the ground floor.
-GROUND = {"objectives", "table"}
+GROUND = {"objectives", "table", "versions"}
 ALLOWED = {
     "objectives": set(),
     "table": set(),
+    "versions": set(),
     "probes": set(),
     "metrics": set(),
     "model": {"probes"},

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .tables import grouped_by, judged_by, read_given
+from .tables import add_samples, given, grouped_by, judged_by, read_given
+from .watch import add_monitor, run_monitor
 
 
 if TYPE_CHECKING:
@@ -72,11 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--hard-routing", type=int, metavar="K", help="keep only the K strongest experts per token")
     predict.add_argument("--resume", action="store_true", help="go on where a run that was killed stopped")
     predict.add_argument("--readout", help="native, mixture or soft_mixture (default: the recipe's)")
-    predict.add_argument("--readout-experts", type=int, metavar="K", help="experts of a soft mixture (default: all)")
+    predict.add_argument("--readout-experts", metavar="K", help="experts of a soft mixture, or auto (default: all)")
 
     evaluate = command("evaluate", _evaluate, "Print the calibration figures of a predictions table, per group.")
     evaluate.add_argument("table", nargs="?", help="predictions table: .parquet, .jsonl or .csv")
-    evaluate.add_argument("--lm-eval-samples", metavar="FILE", help="a --log_samples file of lm-evaluation-harness")
+    add_samples(evaluate)
     evaluate.add_argument("--group", default="group", help="column that names the group (default: group)")
     evaluate.add_argument("--confidence", metavar="COLUMN", help="judge this confidence, with --correct")
     evaluate.add_argument("--correct", metavar="COLUMN", help="column that says whether, or how far, a row is right")
@@ -84,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print every figure as JSON")
 
     calibrate = command("calibrate", _calibrate, "Fit a post-hoc calibration and write calibration.json.")
-    calibrate.add_argument("table", help="predictions on labelled data that the model was not trained on")
+    calibrate.add_argument("table", nargs="?", help="predictions on labelled data that the model was not trained on")
+    add_samples(calibrate)
     calibrate.add_argument("--model", required=True, help="folder of the checkpoint")
     calibrate.add_argument("--method", default="auto", help="auto (cross-validated choice) or a method's name")
     calibrate.add_argument("--data-name", help="name of the data, for the record")
@@ -118,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--hard", help="boolean column that marks the hard subset")
 
-    _add_monitor(command("monitor", _monitor, "Compare a log with a reference; exit code 1 on drift."))
+    add_monitor(command("monitor", run_monitor, "Compare a log with a reference; exit code 1 on drift."))
 
     probe = command("probe", _probe, "Show the routing of a text and what each expert alone would predict.")
     probe.add_argument("--model", required=True, help="Hub id or folder")
@@ -130,28 +132,12 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--model", required=True, help="folder of the checkpoint")
     push.add_argument("--repo-id", required=True, help="ORG/NAME")
     push.add_argument("--table", help="predictions table whose figures go into the card, per group")
+    push.add_argument("--license", help="the model's license, as the Hub names them (default: the base model's)")
     push.add_argument("--private", action="store_true", default=None)
     push.add_argument("--revision", help="branch")
     for added in (evaluate, calibrate, report, push):
         added.add_argument("--renormalize", action="store_true", help="divide each row of rounded probs by its sum")
     return parser
-
-
-def _add_monitor(monitor: argparse.ArgumentParser) -> None:
-    monitor.add_argument("--reference", required=True, help="predictions table of a time when all was well")
-    monitor.add_argument("--current", required=True, help="log: a file, a folder that grows, or - for JSON lines")
-    monitor.add_argument("--window", type=int, help="sequences per window (default: the whole log)")
-    monitor.add_argument("--features", nargs="*", default=(), help="further columns to watch")
-    monitor.add_argument("--sequence", help="column that names the sequence, where a row is a token")
-    monitor.add_argument("--num-experts", type=int, help="experts per layer (default: as the reference shows)")
-    monitor.add_argument("--correction", default="holm", choices=["holm", "benjamini-hochberg"])
-    monitor.add_argument("--alpha", type=float, default=0.01, help="chance of a false alarm per window")
-    monitor.add_argument("--minimum-effect", type=float, default=0.1, help="least difference that counts as drift")
-    monitor.add_argument("--labels", help="table with id and label, once labels are known")
-    monitor.add_argument("--output", help="folder for windows.jsonl, rejected.jsonl and metrics.prom")
-    monitor.add_argument("--state", help="file from which a later call goes on")
-    monitor.add_argument("--follow", type=float, metavar="SECONDS", help="keep looking, this often")
-    monitor.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def _train(options: Options) -> None:
@@ -179,6 +165,7 @@ def _plan(options: Options) -> None:
 def _predict(options: Options) -> None:
     from accelerate import PartialState
 
+    from ..readouts.mixture import parse_experts
     from .recipe import load_recipe
     from .runs import predict_recipe
 
@@ -190,7 +177,7 @@ def _predict(options: Options) -> None:
         batch_size=options.batch_size,
         hard_top_k=options.hard_routing,
         readout=options.readout,
-        readout_experts=options.readout_experts,
+        readout_experts=parse_experts(options.readout_experts),
         output=options.output,
         resume=options.resume,
     )
@@ -201,15 +188,7 @@ def _evaluate(options: Options) -> None:
     from ..metrics import table_report
     from ..report import collect, format_table
 
-    if (options.table is None) == (options.lm_eval_samples is None):
-        raise ValueError("give either a predictions table or --lm-eval-samples FILE.")
-    if options.lm_eval_samples is not None:
-        from ..predictions.lm_eval import read_lm_eval_samples
-
-        table = read_lm_eval_samples(options.lm_eval_samples)
-    else:
-        table = read_given(options.table, renormalize=options.renormalize)
-    table = judged_by(grouped_by(table, options.group), options.confidence, options.correct)
+    table = judged_by(grouped_by(given(options), options.group), options.confidence, options.correct)
     if options.json:
         print(json.dumps(table_report(table, bins=options.bins), indent=1))
     else:
@@ -219,10 +198,9 @@ def _evaluate(options: Options) -> None:
 def _calibrate(options: Options) -> None:
     from ..hub import calibrate
 
-    data = {"name": options.data_name or Path(options.table).name}
-    result = calibrate(
-        options.model, read_given(options.table, renormalize=options.renormalize), method=options.method, data=data
-    )
+    table = given(options)
+    data = {"name": options.data_name or Path(options.table or options.lm_eval_samples).name}
+    result = calibrate(options.model, table, method=options.method, data=data, progress=True)
     print("\n".join(result.lines()))
 
 
@@ -268,30 +246,6 @@ def _report(options: Options) -> None:
     print(f"report: {written}")
 
 
-def _monitor(options: Options) -> int:
-    from ..drift.monitor import monitor
-
-    result = monitor(
-        options.reference,
-        options.current,
-        window=options.window,
-        features=options.features,
-        sequence=options.sequence,
-        num_experts=options.num_experts,
-        correction=options.correction,
-        alpha=options.alpha,
-        minimum_effect=options.minimum_effect,
-        labels=options.labels,
-        output_dir=options.output,
-        state=options.state,
-        follow=options.follow,
-        on_window=None if options.json else print,
-    )
-    if options.json:
-        print(json.dumps(result.to_dict(), indent=1))
-    return result.exit_code
-
-
 def _probe(options: Options) -> None:
     from accelerate import PartialState
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -311,18 +265,21 @@ def _probe(options: Options) -> None:
 
 
 def _push(options: Options) -> None:
-    from ..hub import push
+    from ..hub import before_and_after, push
     from ..metrics import table_report
 
-    evaluation = None
+    evaluation = calibrated = None
     if options.table is not None:
-        evaluation = table_report(grouped_by(read_given(options.table, renormalize=options.renormalize), "group"))[
-            "groups"
-        ]
+        table = grouped_by(read_given(options.table, renormalize=options.renormalize), "group")
+        raw, applied = before_and_after(options.model, table)
+        evaluation = table_report(raw)["groups"]
+        calibrated = None if applied is None else table_report(applied)["groups"]
     url = push(
         options.model,
         repo_id=options.repo_id,
         evaluation=evaluation,
+        calibrated=calibrated,
+        license=options.license,
         private=options.private,
         revision=options.revision,
     )

@@ -14,7 +14,7 @@ from ..model.loading import load_classifier, load_language_model
 from ..model.prefix_cache import PrefixCache
 from ..predictions import predict
 from ..predictions.supervised import collate_supervised, encode_supervised
-from ..readouts.attached import ATTACHED
+from ..readouts.committee import ATTACHED
 from ..readouts.recorded import load_committee, recorded_readout
 from ..tasks.choice import ChoiceCollator
 from ..training.arguments import MoECalArguments
@@ -127,7 +127,7 @@ def predict_recipe(
     batch_size: int = 32,
     hard_top_k: int | None = None,
     readout: str | None = None,
-    readout_experts: int | None = None,
+    readout_experts: int | str | None = None,
     output: str | Path | None = None,
     resume: bool = False,
 ) -> Dataset:
@@ -141,7 +141,7 @@ def predict_recipe(
         hard_top_k (`int`, *optional*): predict under [`~hf_moecal.hard_routing`] with this many experts per token.
         readout (`str`, *optional*): what predicts, see [`~hf_moecal.readouts.mixture.Readout`]; if unset what the
             checkpoint's `calibration.json` names, else the recipe's.
-        readout_experts (`int`, *optional*): with `readout="soft_mixture"`, mix only so many.
+        readout_experts (`int` or `"auto"`, *optional*): with `readout="soft_mixture"`, mix only so many.
         output, resume: as in [`predict`].
 
     Raises:

@@ -67,6 +67,13 @@ def language_vocabulary(path: str | Path) -> int | None:
     return config.get_text_config().vocab_size if head.endswith(_LANGUAGE_HEADS) else None
 
 
+def class_numbers(path: str | Path) -> dict[str, int]:
+    """The number of each class that a saved classifier's config names; empty where it names none."""
+    file = Path(path) / "config.json"
+    names = json.loads(file.read_text(encoding="utf-8")).get("id2label") if file.exists() else None
+    return {str(name): int(number) for number, name in (names or {}).items()}
+
+
 def _load_adapter(path: str | Path, hub: Mapping[str, Any], kwargs: Mapping[str, Any]) -> PreTrainedModel:
     """The base model with the adapter on it. The adapter's head says how many classes there are; its base does not."""
     from peft import PeftConfig, PeftModel

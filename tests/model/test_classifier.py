@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_moecal import from_pretrained, predict
 from hf_moecal.hub import write_calibration
-from hf_moecal.hub.publish import make_card
+from hf_moecal.hub.checkpoint_card import make_card
 from hf_moecal.model.classifier import register_classifier
 from hf_moecal.model.loading import load_classifier, load_model
 from hf_moecal.model.lora import add_lora
