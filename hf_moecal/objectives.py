@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .labels import at_labels, check_labels
+
 
 OBJECTIVES = ("erm", "robust", "robust_filtered", "label_smoothing", "focal")
 """Names taken by `MoECalArguments(objective=...)`. Label smoothing and focal loss are the baselines: they change
@@ -163,7 +165,8 @@ def routing_relevance(
     """Which examples are routing-relevant: the blend loses to its best expert, or the experts disagree.
 
     Args:
-        regret (`Tensor` of shape `[N]`): relu(l_i - min_k l_i^(k)) in nats.
+        regret (`Tensor` of shape `[N]`): relu(l_i - min_k l_i^(k)) in nats; of a soft label with the mean losses over
+            the raters, l = -sum_c q_c log p_c: what the best expert alone would have saved them all together.
         disagreement (`Tensor` of shape `[N]`): sum_k r_k ||p_i^(k) - p_i||^2.
         tau_regret (`float`, *optional*, defaults to 1e-6): regret above it is relevant.
         tau_disagreement (`float`, *optional*, defaults to 0.01): disagreement above it is relevant.
@@ -284,9 +287,11 @@ def example_losses(
 ) -> Tensor:
     """Per-example loss whose batch objective is then taken: cross-entropy, or the baselines' own loss.
 
+    That of a soft label is the mean of what each rater's label would cost: -sum_c q_c log p_c for the cross-entropy.
+
     Args:
         logits (`Tensor` of shape `[N, C]`): class scores; upcast to float32.
-        labels (`Tensor` of shape `[N]`, int): classes in [0, C).
+        labels (`Tensor` of shape `[N]`, int, or `[N, C]`, float): classes in [0, C), or shares that sum to one.
         objective (`str`, *optional*, defaults to `"erm"`): `"label_smoothing"` mixes the one-hot target with the
             uniform distribution; `"focal"` is -(1 - p_y)^gamma log p_y; all others are cross-entropy.
         label_smoothing (`float`, *optional*, defaults to 0.1): share of the uniform distribution.
@@ -310,36 +315,26 @@ def example_losses(
     """
     if objective not in OBJECTIVES:
         raise unknown_objective(objective)
-    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+    if logits.dim() != 2 or labels.dim() not in (1, 2) or len(labels) != len(logits):
         raise ValueError(
-            f"`logits` must be [N, C] and `labels` [N], got {tuple(logits.shape)} and {tuple(labels.shape)}; "
+            f"`logits` must be [N, C] and `labels` [N] or [N, C], got {tuple(logits.shape)} and {tuple(labels.shape)}; "
             "flatten tokens first and drop those with label -100."
         )
     check_labels(labels, logits.shape[1])
     log_probs = F.log_softmax(logits.float(), dim=-1)
-    nll = -log_probs.gather(1, labels[:, None]).squeeze(1)
+    nll = -at_labels(log_probs, labels)
     if objective == "label_smoothing":
         return (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(dim=-1)
     if objective == "focal":
-        return (-torch.expm1(-nll)).clamp(min=0) ** focal_gamma * nll  # 1 - p_y without cancellation near p_y = 1
+        if labels.dim() == 2:
+            each = torch.where(labels > 0, -log_probs, 1.0)  # a class without a share has no gradient to spoil
+            return at_labels(_focal(each, focal_gamma), labels)
+        return _focal(nll, focal_gamma)
     return nll
 
 
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Raises a `ValueError` that names the first label outside [0, num_classes)."""
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(
-            f"`labels` must be integers in [0, {num_classes}), got {labels.dtype}; cast class ids to int64."
-        )
-    if labels.numel() == 0:
-        return
-    low, high = labels.aminmax()
-    if low < 0 or high >= num_classes:
-        wrong = low.item() if low < 0 else high.item()
-        raise ValueError(
-            f"Label {wrong} is out of range for {num_classes} classes; labels must be integers in [0, {num_classes}), "
-            "and the model's `num_labels` must cover them."
-        )
+def _focal(nll: Tensor, gamma: float) -> Tensor:
+    return (-torch.expm1(-nll)).clamp(min=0) ** gamma * nll  # 1 - p_y without cancellation near p_y = 1
 
 
 def _checked(losses: Tensor) -> Tensor:

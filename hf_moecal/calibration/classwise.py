@@ -10,7 +10,7 @@ import numpy as np
 from hf_moecal.calibration.base import Calibrator
 from hf_moecal.calibration.parameters import checked_matrix, checked_vector
 from hf_moecal.calibration.rows import Rows
-from hf_moecal.calibration.solver import log_softmax, shrunk_temperature
+from hf_moecal.calibration.solver import at_labels, log_softmax, shrunk_temperature
 
 
 if TYPE_CHECKING:
@@ -183,13 +183,13 @@ class PlattCalibrator(_Affine):
         self.scale, self.bias = np.zeros(odds.shape[1]), np.zeros(odds.shape[1])
         counted = np.ones(len(rows)) if rows.weights is None else rows.weights
         for index in range(odds.shape[1]):
-            is_class = rows.labels == index
+            is_class = rows.of_class(index)
             positive = float(counted @ is_class)
             if min(positive, rows.total - positive) <= 0:  # no curve through one kind of row: the rule of succession
                 self.bias[index] = np.log((positive + 1) / (rows.total - positive + 1))
                 continue
             curve = LogisticRegression(C=1.0, max_iter=1000, tol=1e-8)
-            curve.fit(odds[:, index, None], is_class, sample_weight=rows.weights)
+            curve.fit(**_both_ways(odds[:, index, None], is_class, rows.weights))
             self.scale[index], self.bias[index] = curve.coef_[0, 0], curve.intercept_[0]
 
     def _class_log_probs(self, log_probs: np.ndarray) -> np.ndarray:
@@ -218,7 +218,7 @@ class IsotonicCalibrator(PerClass):
         curves = []
         for index, column in enumerate(probs.T):
             curve = IsotonicRegression(y_min=floor, y_max=1 - floor, out_of_bounds="clip")
-            curves.append(curve.fit(column, rows.labels == index, sample_weight=rows.weights))
+            curves.append(curve.fit(column, rows.of_class(index), sample_weight=rows.weights))
         self.thresholds = [curve.X_thresholds_ for curve in curves]
         self.values = [curve.y_thresholds_ for curve in curves]
 
@@ -257,6 +257,15 @@ def _log_odds(log_probs: np.ndarray) -> np.ndarray:
     return np.clip(log_probs - rest, -_LARGEST_ODDS, _LARGEST_ODDS)
 
 
+def _both_ways(odds: np.ndarray, is_class: np.ndarray, weights: np.ndarray | None) -> dict[str, np.ndarray | None]:
+    """What a logistic regression is fitted on: rows with shares once for each of two answers, with its share."""
+    if is_class.dtype == bool:
+        return {"X": odds, "y": is_class, "sample_weight": weights}
+    yes, no = ((1.0 if weights is None else weights) * share for share in (is_class, 1 - is_class))
+    both = np.repeat([True, False], len(odds))
+    return {"X": np.concatenate([odds, odds]), "y": both, "sample_weight": np.concatenate([yes, no])}
+
+
 def _normalised(log_scores: np.ndarray) -> np.ndarray:
     return log_scores - np.logaddexp.reduce(log_scores, axis=1, keepdims=True)
 
@@ -280,15 +289,15 @@ def _ridge_fit(
     """
     from scipy.optimize import minimize
 
-    everyone = np.arange(len(rows))
+    right = np.stack([rows.of_class(index) for index in range(rows.logits.shape[1])], axis=1).astype(np.float64)
     counts = np.ones(len(rows)) if rows.weights is None else rows.weights
 
     def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
         moved, gradient_of = affine(theta)
         log_probs = log_softmax(moved)
         residual = np.exp(log_probs)
-        residual[everyone, rows.labels] -= 1.0
-        value = 0.5 * ridge @ theta**2 - counts @ log_probs[everyone, rows.labels]
+        residual -= right
+        value = 0.5 * ridge @ theta**2 - counts @ at_labels(log_probs, rows.labels)
         return value / rows.total, (gradient_of(counts[:, None] * residual) + ridge * theta) / rows.total
 
     options = {"maxiter": 2000, "ftol": 0, "gtol": 1e-8}

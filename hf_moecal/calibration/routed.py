@@ -159,7 +159,7 @@ class PerExpertTemperatureCalibrator(Calibrator):
 
     def _fit(self, rows: Rows) -> None:
         logits, shares, ids = _experts(rows)
-        labels = np.repeat(rows.labels, ids.shape[1])
+        labels = np.repeat(rows.labels, ids.shape[1], axis=0)
         counted = shares if rows.weights is None else shares * rows.weights[:, None]
         flat, weights, chosen = logits.reshape(-1, logits.shape[-1]), counted.ravel(), ids.ravel()
         self.shared = require_identified(fit_temperature(flat, labels, weights=weights), len(rows)).temperature

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from hf_moecal.calibration.solver import TemperatureFit, fit_temperature, row_losses
+from hf_moecal.calibration.solver import TemperatureFit, at_labels, fit_temperature, row_losses
+from hf_moecal.metrics.inputs import read_labels
 from hf_moecal.metrics.rounding import check_row_sums
 from hf_moecal.table import ABSENT_LOGIT, IGNORED_LABEL, SCORINGS, columns, names
 
@@ -36,7 +37,7 @@ class Rows:
         self.keep: np.ndarray | slice = slice(None)
         if labelled:
             labels = _labels(table)
-            self.keep = labels != IGNORED_LABEL
+            self.keep = (labels if labels.ndim == 1 else labels[:, 0]) != IGNORED_LABEL
             self.labels = labels[self.keep]
             if not len(self.labels):
                 raise ValueError(
@@ -95,8 +96,10 @@ class Rows:
 
     @cached_property
     def class_counts(self) -> np.ndarray:
-        """Labelled rows of each class, `[C]`; those of weight zero are none."""
+        """Labelled rows of each class, `[C]`, soft labels by their shares; those of weight zero are none."""
         counted = self.labels if self.weights is None else self.labels[self.weights > 0]
+        if counted.ndim == 2:
+            return counted.sum(axis=0)
         return np.bincount(counted, minlength=self.logits.shape[1])
 
     @cached_property
@@ -109,9 +112,17 @@ class Rows:
         """How many labels have a probability of zero in a column `probs`, as rounding makes it."""
         if "logits" in names(self.table):
             return 0
-        return int((np.take_along_axis(self.column("probs"), self.labels[:, None], axis=1) <= 0).sum())
+        return int((at_labels(self.column("probs") <= 0, self.labels) > 0).sum())
+
+    def of_class(self, index: int) -> np.ndarray:
+        """Which rows are of a class, `[n]` bool; of soft labels the shares of it, in float."""
+        return self.labels == index if self.labels.ndim == 1 else self.labels[:, index]
 
     def _check_range(self) -> None:
+        if self.labels.ndim == 2:
+            name = "logits" if "logits" in names(self.table) else "probs"
+            classes = np.shape(self.column(name))[-1]
+            self.labels = read_labels(self.labels, n=len(self.labels), classes=classes, what=name)
         classes = self.logits.shape[1]
         wrong = self.labels[(self.labels < 0) | (self.labels >= classes)]
         if len(wrong):
@@ -119,7 +130,7 @@ class Rows:
                 f"Label {wrong[0]} is out of range: the table has {classes} classes, so labels are 0 to "
                 f"{classes - 1}, or {IGNORED_LABEL} for a row without one."
             )
-        absent = np.take_along_axis(self.logits, self.labels[:, None], axis=1)[:, 0] <= ABSENT_LOGIT / 2
+        absent = at_labels(self.logits <= ABSENT_LOGIT / 2, self.labels) > 0
         if absent.any():
             row = int(np.flatnonzero(absent)[0])
             raise ValueError(
@@ -218,6 +229,11 @@ def _labels(table: Table) -> np.ndarray:
             "class in the order of the scores: [model.config.label2id[name] for name in table['label']]. "
             "(`moecal calibrate` does this where the checkpoint's config names its classes.)"
         )
+    if labels.ndim == 2 and labels.dtype.kind == "f":
+        return labels.astype(np.float64)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise ValueError(f"Column 'label' must hold one class number per row; got {labels.dtype} {labels.shape}.")
+        raise ValueError(
+            "Column 'label' must hold one class number per row, or the share of each class, in floats; got "
+            f"{labels.dtype} {labels.shape}."
+        )
     return labels.astype(np.int64)

@@ -46,12 +46,19 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
+def at_labels(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Of values `[n, C]` those of the labels `[n]`; for shares `[n, C]` the mean over the raters."""
+    if labels.ndim == 1:
+        return np.take_along_axis(values, labels[:, None], axis=1)[:, 0]
+    return np.einsum("ij,ij->i", labels, np.where(labels > 0, values, 0.0))
+
+
 def row_losses(logits: np.ndarray, labels: np.ndarray, inverse: np.ndarray | float) -> np.ndarray:
     """Loss of each row and its first two derivatives in the inverse temperature.
 
     Args:
         logits: `[n, C]`.
-        labels: `[n]`, each in `0 .. C-1`.
+        labels: `[n]`, each in `0 .. C-1`, or shares of each class `[n, C]`, over which the loss is the mean.
         inverse: inverse temperature, one for all rows or `[n]`.
 
     Returns:
@@ -64,7 +71,7 @@ def row_losses(logits: np.ndarray, labels: np.ndarray, inverse: np.ndarray | flo
     for start in range(0, count, step):
         rows = slice(start, start + step)
         centred = np.subtract(logits[rows], logits[rows].max(axis=1, keepdims=True), dtype=np.float64)
-        at_label = np.take_along_axis(centred, labels[rows, None], axis=1)[:, 0]
+        at_label = at_labels(centred, labels[rows])
         mass = np.exp(centred * inverse[rows, None])
         total = mass.sum(axis=1)
         mean = np.einsum("ij,ij->i", mass, centred) / total
@@ -89,7 +96,7 @@ def fit_temperature(
 
     Args:
         logits: `[n, C]`, finite.
-        labels: `[n]`, each in `0 .. C-1`.
+        labels: `[n]`, each in `0 .. C-1`, or shares of each class `[n, C]`.
         weights: `[n]`, not negative; how much each row counts. Default: all the same.
         eta: tilt in 1/nat. 0 is the plain mean; else `(1/eta) log mean exp(eta l)`.
         relevant: `[n]` bool. With it the loss is the mean over all rows plus the tilted mean over these rows (over
@@ -185,8 +192,10 @@ def _spread(logits: np.ndarray, base: np.ndarray) -> bool:
 
 
 def _all_right(logits: np.ndarray, labels: np.ndarray, base: np.ndarray) -> bool:
-    at_label = np.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
-    return bool((at_label == logits.max(axis=1))[base > 0].all())
+    top = logits.max(axis=1)
+    if labels.ndim == 2:
+        return not ((labels > 0) & (logits < top[:, None]))[base > 0].any()
+    return bool((at_labels(logits, labels) == top)[base > 0].all())
 
 
 def _rough_inverse(logits: np.ndarray, labels: np.ndarray, base: np.ndarray, eta: float) -> float:

@@ -19,7 +19,8 @@ FLAT = ("ece", "ece_debiased", "nll", "n_zero_probability", "brier", "accuracy",
 def calibration_metrics(*, bins: int = DEFAULT_BINS, strategy: str = "equal_width") -> Callable[..., dict[str, float]]:
     """A `compute_metrics` for any `Trainer`: calibration next to the loss, without changing how you train.
 
-    The model's first output is taken as the logits [N, C] and `label_ids` as the classes [N] (-100 for none). It also
+    The model's first output is taken as the logits [N, C] and `label_ids` as the classes [N] (-100 for none), or as
+    shares of each class [N, C]. It also
     serves `batch_eval_metrics=True`, `eval_do_concat_batches=False`, and what [`MoECalTrainer`] collects of a language
     model: `confidence` (of the most likely token), `correct`, `nll` and `brier`, [N, S] each, -100 where nothing is
     supervised, and `sequence`, a number for each of the sequences that share a row.
@@ -79,7 +80,7 @@ def _add(pending: dict[str, CalibrationAccumulator], logits: Any, labels: Any) -
         pending.setdefault("sequence_", CalibrationAccumulator()).add_rows(sequences)
     else:
         logits = _on_cpu(logits[0] if isinstance(logits, tuple | list) else logits)
-        pending.setdefault("", CalibrationAccumulator()).add(_labels_of(_on_cpu(labels), logits), logits=logits)
+        pending.setdefault("", CalibrationAccumulator()).add(**_labelled(_labels_of(_on_cpu(labels), logits), logits))
 
 
 def _flat(pending: Mapping[str, CalibrationAccumulator], settings: Mapping[str, Any]) -> dict[str, float]:
@@ -108,6 +109,17 @@ def _token_rows(figures: Mapping[str, Any]) -> tuple[Rows, Rows]:
     count = np.bincount(rows)
     means = [np.bincount(rows, weights=values) / count for values in tokens]
     return Rows(tokens[0], tokens[1] == 1, *tokens[2:]), Rows(*means)
+
+
+def _labelled(labels: Any, logits: Any) -> dict[str, Any]:
+    """Labels and logits; of soft labels those of the rows that have one, without what Trainer padded them with."""
+    shares = np.asarray(labels)
+    if shares.ndim != 2 or shares.dtype.kind != "f":
+        return {"labels": labels, "logits": logits}
+    known = (shares != IGNORED_LABEL).any(1)
+    if not known.any():
+        return {"labels": np.full(len(shares), IGNORED_LABEL), "logits": logits}
+    return {"labels": np.where(shares == IGNORED_LABEL, 0.0, shares)[known], "logits": np.asarray(logits)[known]}
 
 
 def _labels_of(labels: Any, logits: Any) -> Any:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..labels import check_labels, labelled, read_label
 from ..model.head import pooled_positions
 from ..model.prefix_cache import PrefixCache
-from ..objectives import check_labels
 from ..probes import RoutingRecord
 from ..probes.agreement import disagreement, regret
 from ..readouts.attached import AttachedReadout
@@ -30,7 +30,7 @@ class Tokenized(NamedTuple):
     """One example in tokens."""
 
     ids: list[int]
-    label: int
+    label: int | list[float]
     count = 1
 
     @property
@@ -123,7 +123,7 @@ def _predict_batch(
     batch = padded(sequences, pad, device)
     with nullcontext(batch) if prefix is None else prefix.replaying(batch) as batch:
         logits = model(**batch)["logits"].float()
-        check_labels(labels[labels != IGNORED_LABEL], logits.shape[-1])
+        check_labels(labels[labelled(labels)], logits.shape[-1])
         probs = logits.double().softmax(-1)
         confidence, prediction = probs.max(-1)
         found = {"label": labels, "logits": logits, "probs": probs, "prediction": prediction, "confidence": confidence}
@@ -145,7 +145,7 @@ def padded(sequences: list[list[int]], pad: int | None, device: torch.device) ->
 def routing_columns(logits: Tensor, labels: Tensor, alone: Tensor, shares: Tensor, ids: Tensor) -> dict[str, Tensor]:
     """What the table says about the experts `ids` `[B, k]`, which alone predict `[B, k, C]`."""
     record = RoutingRecord(ids, shares, (len(ids), 1))
-    known = labels != IGNORED_LABEL
+    known = labelled(labels)
     regrets = logits.new_full((len(labels),), float("nan"))
     if known.any():
         regrets[known] = regret(logits[known], alone[known], labels[known])
@@ -175,14 +175,21 @@ def tokenized(dataset: Dataset, processing_class: Any, text_column: str, max_len
     return without_empty(encoded["input_ids"])
 
 
-def known_labels(dataset: Dataset) -> list[int]:
-    name = next((name for name in ("label", "labels") if name in dataset.column_names), None)
+def known_labels(dataset: Dataset) -> list[int] | list[list[float]]:
+    """The label of every row: classes, or shares of each class from a `label` that is a list or from `votes`."""
+    name = next((name for name in ("label", "labels", "votes") if name in dataset.column_names), None)
     if name is None:
         return [IGNORED_LABEL] * len(dataset)
-    labels = list(dataset[name])
-    wrong = next((label for label in labels if isinstance(label, bool) or not isinstance(label, int)), None)
-    if wrong is not None:
-        raise ValueError(
-            f"Column {name!r} must hold integer classes, found {wrong!r}; use dataset.class_encode_column."
-        )
-    return labels
+    labels = []
+    for value in dataset[name]:
+        wrong = isinstance(value, bool) or not isinstance(value, (int, list))
+        if wrong and name != "votes":
+            raise ValueError(
+                f"Column {name!r} must hold integer classes, or lists with the share of each class, found {value!r}; "
+                "use dataset.class_encode_column."
+            )
+        labels.append(read_label({name: value}))
+    soft = next((label for label in labels if isinstance(label, list)), None)
+    if soft is None:
+        return labels
+    return [label if isinstance(label, list) else [float(IGNORED_LABEL)] * len(soft) for label in labels]

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..labels import labelled
 from ..objectives import example_losses
 from ..probes import RoutingRecord
 from ..probes.agreement import among
 from ..readouts.attached import AttachedReadout, Member, logits_of
 from ..readouts.mixture import Mixed, Mixture, mixed_agreement
-from ..table import ABSENT_LOGIT, IGNORED_LABEL
-from ..tasks.choice import OptionTargets, WordTargets
+from ..table import ABSENT_LOGIT
+from ..tasks.options import OptionTargets, WordTargets
 from ..tasks.targets import Targets
 from ..tasks.targets import token_figures as figures_of
 from .classifier import routing_columns
@@ -78,7 +79,7 @@ def option_figures(attached: AttachedReadout, targets: OptionTargets, output: An
         return targets.row_values(part, logits, example_losses)
 
     rows, routing = _read(attached, targets, output, value)
-    known = targets.right != IGNORED_LABEL
+    known = labelled(targets.right)
     return {**_decided(targets.scores(rows), targets.right), **_spread(attached, routing, known)}
 
 

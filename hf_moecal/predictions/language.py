@@ -14,14 +14,8 @@ from ..model.prefix_cache import PrefixCache
 from ..readouts.attached import AttachedReadout
 from ..readouts.mixture import Readout
 from ..table import ABSENT_LOGIT
-from ..tasks.choice import (
-    ChoiceCollator,
-    EncodedChoice,
-    OptionTargets,
-    WordTargets,
-    choice_targets,
-    flat_inputs,
-)
+from ..tasks.choice import ChoiceCollator, EncodedChoice
+from ..tasks.options import OptionTargets, WordTargets, choice_targets, flat_inputs
 from ..tasks.targets import Targets, lm_targets
 from .figures import nothing_supervised, option_figures, sequence_figures, token_figures, word_figures
 from .reuse import Beginning, begin, common_length
@@ -280,6 +274,8 @@ class LanguageReader:
             for name, fill in (("logits", ABSENT_LOGIT), ("probs", 0.0), ("expert_logits", ABSENT_LOGIT)):
                 if name in figures:
                     figures[name] = [_widened(values, self._width, fill) for values in figures[name]]
+            if figures.get("label") and isinstance(figures["label"][0], list):  # shares, or -100 for none
+                figures["label"] = [_widened(own, self._width, min(own[-1], 0.0)) for own in figures["label"]]
             return [[{name: values[row] for name, values in figures.items()}] for row in range(len(examples))]
         found: list[list[dict[str, Any]]] = [[] for _ in examples]
         for at, row in enumerate(figures.pop("row", ())):

@@ -260,7 +260,7 @@ class ExpertProbe:
         raise ValueError(f'experts is "selected", "all" or a number from 1 to {count}; got {experts!r}.')
 
     def _labels(self, flat: Tensor, labels: Tensor) -> Tensor:
-        if labels.shape != flat.shape:
+        if labels.shape[:1] != flat.shape:
             raise ValueError(f"regret needs one label per token, got {tuple(labels.shape)} for {flat.numel()} tokens.")
         return labels.to(flat.device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..labels import at_labels, check_labels
 from ..table import ABSENT_LOGIT, IGNORED_LABEL
 from .routing import upcast
 
@@ -45,22 +46,20 @@ def regret(logits: Tensor, expert_logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits (`Tensor` of shape `[n, C]`): the model's.
         expert_logits (`Tensor` of shape `[n, k, C]`): each expert's own.
-        labels (`LongTensor` of shape `[n]`): the true classes.
+        labels (`Tensor` of shape `[n]`, int, or `[n, C]`, float): the true classes, or shares that sum to one. The
+            loss of a soft label is -sum_c q_c log p_c, and the best expert that of all its raters together.
 
     Returns:
         `Tensor` of shape `[n]`.
 
     Raises:
-        ValueError: a label is no class.
+        ValueError: a label is no class and no distribution.
     """
     return _regret(_log_probs(logits), _log_probs(expert_logits), labels)
 
 
 def _regret(log_probs: Tensor, expert_log_probs: Tensor, labels: Tensor) -> Tensor:
-    loss = _losses(log_probs, labels)
-    chosen = labels[:, None, None].expand(-1, expert_log_probs.shape[1], 1)
-    alone = -expert_log_probs.gather(-1, chosen).squeeze(-1)
-    return (loss - alone.amin(-1)).relu()
+    return (_losses(log_probs, labels) + at_labels(expert_log_probs, labels).amax(-1)).relu()
 
 
 def disagreement_and_regret(
@@ -88,17 +87,19 @@ def among(logits: Tensor, candidates: Tensor) -> Tensor:
 
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in nats of logits `[n, C]` and labels `[n]`: `[n]`."""
+    """Cross-entropy in nats of logits `[n, C]` and labels `[n]` (soft: `[n, C]`): `[n]`."""
     return _losses(_log_probs(logits), labels)
 
 
 def _losses(log_probs: Tensor, labels: Tensor) -> Tensor:
-    if not 0 <= int(labels.min()) <= int(labels.max()) < log_probs.shape[-1]:
+    if labels.dim() == 2:
+        check_labels(labels, log_probs.shape[-1])
+    elif not 0 <= int(labels.min()) <= int(labels.max()) < log_probs.shape[-1]:
         raise ValueError(
             f"Labels are classes 0 to {log_probs.shape[-1] - 1}, got {int(labels.min())} to {int(labels.max())}; "
             "leave out the tokens that have no label."
         )
-    return -log_probs.gather(-1, labels[:, None]).squeeze(-1)
+    return -at_labels(log_probs, labels)
 
 
 def first_order_regret(gradient: Tensor, change: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..labels import at_labels
 from ..model.head import pooled_positions
 from ..probes import ExpertProbe
 from ..probes.agreement import disagreement_and_regret
@@ -256,10 +257,9 @@ def mean_expert_loss(mixed: Mixed, labels: Tensor) -> Tensor:
 
     Args:
         mixed ([`Mixed`]): of `n` tokens.
-        labels (`LongTensor` of shape `[n]`): the right classes.
+        labels (`Tensor` of shape `[n]`, int, or `[n, C]`, float): the right classes, or shares that sum to one.
     """
-    own = labels[:, None, None].expand(-1, mixed.expert_log_probs.shape[1], 1)
-    return -(mixed.shares.detach() * mixed.expert_log_probs.gather(-1, own).squeeze(-1)).sum(-1)
+    return -(mixed.shares.detach() * at_labels(mixed.expert_log_probs, labels)).sum(-1)
 
 
 @torch.no_grad()

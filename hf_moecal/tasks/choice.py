@@ -14,20 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..objectives import check_labels, example_losses
-from ..probes.agreement import among
-from ..table import ABSENT_LOGIT, IGNORED_LABEL, SCORINGS
+from ..labels import read_label
+from ..table import IGNORED_LABEL, SCORINGS
 from .prompts import Continued, encode_continuations
-from .targets import Loss, Mixture
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..probes import ExpertProbe
-
-CHOICE_COLUMNS = ("prompt", "options", "prompt_ids", "option_ids")
-_INPUTS = ("input_ids", "attention_mask", "option_mask", "option_lengths", "candidates", "labels")
+CHOICE_COLUMNS = ("prompt", "options", "prompt_ids", "option_ids", "votes")
+BATCH_COLUMNS = ("input_ids", "attention_mask", "option_mask", "option_lengths", "candidates", "labels")
 
 
 class EncodedChoice(NamedTuple):
@@ -36,12 +32,12 @@ class EncodedChoice(NamedTuple):
     Attributes:
         options (`list[Continued]`): tokens of the prompt with each option.
         lengths (`list[float]`): what each option's log-likelihood is divided by.
-        label (`int`): index of the right option; -100 for none.
+        label (`int` or `list[float]`): index of the right option, or each option's share; -100 for none.
     """
 
     options: list[Continued]
     lengths: list[float]
-    label: int
+    label: int | list[float]
 
     def after(self, cut: int) -> EncodedChoice:
         """What is left without the first tokens of each option's sequence."""
@@ -52,7 +48,8 @@ class ChoiceCollator:
     """Makes batches of multiple-choice examples for `MoECalArguments(task="choice")`.
 
     An example has `prompt` (text), `options` (list of texts, which may differ in number) and `label` (index of the
-    right one; -100 or absent for none), or the tokens themselves as `prompt_ids` and `option_ids`. Prompt and option
+    right one; -100 or absent for none; or a list with the share of each option,
+    or `votes` with the number of raters that chose each), or the tokens themselves as `prompt_ids` and `option_ids`. Prompt and option
     are joined as they are: write the space between them, at the end of the prompt or before the options.
 
     Args:
@@ -97,7 +94,7 @@ class ChoiceCollator:
 
     def batch(self, examples: Sequence[EncodedChoice]) -> dict[str, Tensor]:
         """The same for examples that are tokens already."""
-        labels = torch.tensor([example.label for example in examples])
+        labels = _labels(examples)
         if self.scoring == "label_word":
             prompts = [example.options[0].ids[: example.options[0].start] for example in examples]
             words = [[ids[start] for ids, start in example.options] for example in examples]
@@ -140,10 +137,10 @@ class ChoiceCollator:
         return [row["prompt"] for row in rows], [list(row["options"]) for row in rows]
 
     def _example(self, row: Mapping[str, Any], number: int, options: list[Continued]) -> EncodedChoice:
-        label = next((row[name] for name in ("label", "labels") if row.get(name) is not None), IGNORED_LABEL)
+        label = read_label(row, len(options))
         if len(options) < 2:
             raise ValueError(f"Row {number} has {len(options)} options; a choice needs two or more.")
-        if int(label) != label or not (label == IGNORED_LABEL or 0 <= label < len(options)):
+        if isinstance(label, int) and not (label == IGNORED_LABEL or 0 <= label < len(options)):
             raise ValueError(
                 f"Row {number}: label {label!r} is no index into its {len(options)} options (0 to {len(options) - 1}; "
                 f"{IGNORED_LABEL} for none)."
@@ -155,7 +152,23 @@ class ChoiceCollator:
             lengths = [1.0] * len(options)
         if self.scoring == "per_byte":
             lengths = _byte_lengths(row.get("options"), number)
-        return EncodedChoice(options, lengths, int(label))
+        return EncodedChoice(options, lengths, label)
+
+
+def _labels(examples: Sequence[EncodedChoice]) -> Tensor:
+    """Of a batch: `[B]`, or `[B, O]` where a label of it is soft."""
+    labels = [example.label for example in examples]
+    if all(isinstance(label, int) for label in labels):
+        return torch.tensor(labels)
+    shares = torch.zeros(len(labels), max(len(example.options) for example in examples))
+    for row, label in zip(shares, labels, strict=True):
+        if isinstance(label, list):
+            row[: len(label)] = torch.tensor(label)
+        elif label == IGNORED_LABEL:
+            row.fill_(IGNORED_LABEL)
+        else:
+            row[label] = 1.0
+    return shares
 
 
 def _joined(prompt: Sequence[int], options: Sequence[Sequence[int]]) -> list[Continued]:
@@ -194,184 +207,3 @@ def _padded(rows: Sequence[Sequence[float]], fill: float) -> Tensor:
 
 def _dtype(fill: float) -> torch.dtype:
     return torch.float32 if isinstance(fill, float) else torch.long
-
-
-class OptionTargets(NamedTuple):
-    """The judged rows of a batch of whole options, one for each token of each option.
-
-    Attributes:
-        tokens (`Tensor` of shape `[n]`, int64): flat indices into the positions of [`flat_inputs`].
-        labels (`Tensor` of shape `[n]`, int64): the option's token that comes next.
-        option (`Tensor` of shape `[n]`, int64): the option, an index into B*O.
-        lengths (`Tensor` of shape `[B, O]`): what each option's log-likelihood is divided by; 0 where there is none.
-        right (`Tensor` of shape `[B]`, int64): index of the right option, or -100.
-    """
-
-    tokens: Tensor
-    labels: Tensor
-    option: Tensor
-    lengths: Tensor
-    right: Tensor
-
-    @property
-    def num_examples(self) -> int:
-        return int((self.right != IGNORED_LABEL).sum())
-
-    def batch_rows(self, rows: Tensor) -> Tensor:
-        """The row of the batch that each labelled example stands in, `[num_examples]`."""
-        return (self.right != IGNORED_LABEL).nonzero().squeeze(1)
-
-    def row_values(self, part: slice, logits: Tensor, loss: Loss) -> Tensor:
-        """Log-probabilities `[c]` of a slice of the rows, whatever the examples' loss is."""
-        return -example_losses(logits, self.labels[part])
-
-    def scores(self, rows: Tensor) -> Tensor:
-        """Scores `[B, O]` from the rows' log-probabilities `[n]`; options that are not there get a very low one."""
-        absent = self.lengths.reshape(-1) == 0
-        total = rows.new_zeros(absent.numel()).index_add(0, self.option, rows)
-        scores = total / self.lengths.reshape(-1).to(rows.dtype).masked_fill(absent, 1)
-        return scores.masked_fill(absent, ABSENT_LOGIT).view_as(self.lengths)
-
-    def example_losses(self, rows: Tensor, loss: Loss) -> Tensor:
-        """Loss over the options of each labelled example, `[num_examples]`, with gradient."""
-        return choice_losses(self.scores(rows), self.lengths > 0, self.right, loss)
-
-    def probed(self, probe: ExpertProbe) -> tuple[Tensor, Tensor]:
-        """Disagreement and regret of each labelled example: means over the tokens of its right option."""
-        chosen = self._right_rows
-        found = probe.disagreement_and_regret(self.tokens[chosen], self.labels[chosen])
-        return tuple(self._mean(values, chosen) for values in found)
-
-    def narrowed(self, part: slice, mixed: Mixture) -> tuple[Mixture, Tensor]:
-        """The mixture of a slice of the rows, and the options' tokens there."""
-        return mixed, self.labels[part]
-
-    def mean_by_example(self, values: Tensor) -> Tensor:
-        """Mean of per-row values over the right option of each labelled example: `[n]` -> `[num_examples]`."""
-        return self._mean(values[self._right_rows], self._right_rows)
-
-    @property
-    def _right_rows(self) -> Tensor:
-        width = self.lengths.shape[1]
-        return (self.right[self.option // width] == self.option % width).nonzero().squeeze(1)
-
-    def _mean(self, values: Tensor, rows: Tensor) -> Tensor:
-        member = torch.unique(self.option[rows] // self.lengths.shape[1], return_inverse=True)[1]
-        count = torch.bincount(member)
-        return values.new_zeros(len(count)).index_add(0, member, values) / count
-
-
-class WordTargets(NamedTuple):
-    """The judged rows of a batch of label words, one for each example.
-
-    Attributes:
-        tokens (`Tensor` of shape `[B]`, int64): flat index of each prompt's last token.
-        candidates (`Tensor` of shape `[B, O]`, int64): the options' tokens; -100 where there is none.
-        right (`Tensor` of shape `[B]`, int64): index of the right option, or -100.
-    """
-
-    tokens: Tensor
-    candidates: Tensor
-    right: Tensor
-
-    @property
-    def num_examples(self) -> int:
-        return int((self.right != IGNORED_LABEL).sum())
-
-    def batch_rows(self, rows: Tensor) -> Tensor:
-        """The row of the batch that each labelled example stands in, `[num_examples]`."""
-        return (self.right != IGNORED_LABEL).nonzero().squeeze(1)
-
-    def row_values(self, part: slice, logits: Tensor, loss: Loss) -> Tensor:
-        """The candidates' logits `[c, O]` of a slice of the rows."""
-        return among(logits, self.candidates[part])
-
-    def scores(self, rows: Tensor) -> Tensor:
-        """Scores `[B, O]`: the rows as they are."""
-        return rows
-
-    def example_losses(self, rows: Tensor, loss: Loss) -> Tensor:
-        """Loss over the options of each labelled example, `[num_examples]`, with gradient."""
-        return choice_losses(rows, self.candidates != IGNORED_LABEL, self.right, loss)
-
-    def narrowed(self, part: slice, mixed: Mixture) -> tuple[Mixture, Tensor]:
-        """The mixture of a slice of the rows over their candidates, and the right one; any for rows without label."""
-        own, alone = (
-            among(logits, self.candidates[part]).log_softmax(-1)
-            for logits in (mixed.log_probs, mixed.expert_log_probs)
-        )
-        return mixed._replace(log_probs=own, expert_log_probs=alone), self.right[part].clamp_min(0)
-
-    def mean_by_example(self, values: Tensor) -> Tensor:
-        """The rows with a label: `[n]` -> `[num_examples]`."""
-        return values[self.right != IGNORED_LABEL]
-
-    def probed(self, probe: ExpertProbe) -> tuple[Tensor, Tensor]:
-        """Disagreement and regret of each labelled example, over the distribution of its options."""
-        known = self.right != IGNORED_LABEL
-        return probe.disagreement_and_regret(self.tokens[known], self.right[known], candidates=self.candidates[known])
-
-
-def choice_targets(inputs: Mapping[str, Any]) -> OptionTargets | WordTargets:
-    """What a batch of [`ChoiceCollator`] is judged on.
-
-    Raises:
-        ValueError: the batch comes from another collator, or a label is no option.
-    """
-    other = sorted(set(inputs) - set(_INPUTS))
-    if other or inputs.get("labels") is None or ("candidates" in inputs) == ("option_mask" in inputs):
-        raise ValueError(
-            f"task='choice' needs batches of hf_moecal.ChoiceCollator, got one with {sorted(inputs)}; pass "
-            "data_collator=ChoiceCollator(tokenizer)."
-        )
-    right = inputs["labels"]
-    if "candidates" in inputs:
-        candidates = inputs["candidates"]
-        _check_right(right, candidates != IGNORED_LABEL)
-        mask = inputs["attention_mask"]
-        rows = torch.arange(len(mask), device=mask.device)
-        return WordTargets(rows * mask.shape[1] + mask.sum(1) - 1, candidates, right)
-    lengths = inputs["option_lengths"]
-    _check_right(right, lengths > 0)
-    here = lengths > 0
-    after = inputs["option_mask"][here][:, 1:].reshape(-1)  # position s predicts the token at s + 1
-    width = inputs["option_mask"].shape[-1]
-    option = here.reshape(-1).nonzero().squeeze(1)
-    found = after.nonzero().squeeze(1)
-    sequence, position = found // (width - 1), found % (width - 1)
-    labels = inputs["input_ids"][here][sequence, position + 1]
-    return OptionTargets(sequence * width + position, labels, option[sequence], lengths, right)
-
-
-def flat_inputs(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What the model is run on: `input_ids` and `attention_mask` `[S, L]`, one sequence per option or prompt."""
-    names = ("input_ids", "attention_mask")
-    if "candidates" in inputs:
-        return {name: inputs[name] for name in (*names, "labels")}
-    here = inputs["option_lengths"] > 0
-    return {**{name: inputs[name][here] for name in names}, "labels": inputs["labels"]}
-
-
-def choice_losses(scores: Tensor, present: Tensor, right: Tensor, loss: Loss) -> Tensor:
-    """Loss of each labelled example over its own options.
-
-    Args:
-        scores (`Tensor` of shape `[B, O]`): with gradient.
-        present (`Tensor` of shape `[B, O]`, bool): the options that exist, before those that do not.
-        right (`Tensor` of shape `[B]`, int64): index of the right option; -100 leaves an example out.
-        loss (`Callable`): losses `[n]` of scores `[n, C]` and labels `[n]`.
-    """
-    counts = present.sum(1).masked_fill(right == IGNORED_LABEL, 0)
-    rows = [(counts == count).nonzero().squeeze(1) for count in counts[counts > 0].unique().tolist()]
-    if not rows:
-        return scores.flatten()[:0]  # none, and yet a function of the parameters, which every process has to have
-    # Label smoothing spreads over the options that an example has, so those with equally many go together.
-    losses = torch.cat([loss(scores[some][:, : int(counts[some[0]])], right[some]) for some in rows])
-    return losses[torch.cat(rows).argsort()]
-
-
-def _check_right(right: Tensor, present: Tensor) -> None:
-    known = right != IGNORED_LABEL
-    check_labels(right[known], present.shape[1])
-    if not present[known].gather(1, right[known][:, None]).all():
-        raise ValueError("A label of the batch is none of its example's options; labels are indices into `options`.")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..labels import check_labels, is_soft, labelled
 from ..model.head import pooled_positions
-from ..objectives import check_labels
 from ..table import IGNORED_LABEL
 
 
@@ -34,7 +34,7 @@ class Targets(NamedTuple):
     Attributes:
         tokens (`Tensor` of shape `[n]`, int64): flat indices into the batch's B*S positions whose prediction is
             judged.
-        labels (`Tensor` of shape `[n]`, int64): the right class or next token.
+        labels (`Tensor` of shape `[n]`, int64, or `[n, C]`, float): the right class or next token, or a soft label.
         example (`Tensor` of shape `[n]`, int64): the example that the row belongs to, in [0, num_examples).
         rows (`Tensor` of shape `[n]`, int64): the sequence of the batch that the row belongs to.
         num_examples (`int`): how many examples the batch holds.
@@ -79,7 +79,7 @@ def classification_targets(inputs: Mapping[str, Any], pad_token_id: int | None, 
     """Rows of a sequence-classification batch: the last token that is not padding, as transformers pools.
 
     Args:
-        inputs (`Mapping`): `input_ids` `[B, S]` and `labels` `[B]`; label -100 leaves a sequence out.
+        inputs (`Mapping`): `input_ids` `[B, S]` and `labels` `[B]` (soft: `[B, C]`); -100 leaves a sequence out.
         pad_token_id (`int`, *optional*): the model's padding token.
         num_labels (`int`): classes of the head.
 
@@ -88,10 +88,11 @@ def classification_targets(inputs: Mapping[str, Any], pad_token_id: int | None, 
     """
     ids, labels = _ids_and_labels(inputs)
     batch, length = ids.shape
-    if labels.shape != (batch,):
+    if labels.shape != (batch,) and not (is_soft(labels) and len(labels) == batch):
         raise ValueError(
-            f"Classification needs one integer label per sequence, got labels of shape {tuple(labels.shape)} for "
-            f"{batch} sequences; for token labels set task='lm'."
+            f"Classification needs one label per sequence, got labels of shape {tuple(labels.shape)} of "
+            f"{labels.dtype} for {batch} sequences: integer classes `[B]`, or shares of each class `[B, C]` in floats "
+            "that sum to one. Counts of raters belong in a column `votes`; for token labels set task='lm'."
         )
     targets = class_targets(inputs)
     check_labels(targets.labels, num_labels)
@@ -100,18 +101,18 @@ def classification_targets(inputs: Mapping[str, Any], pad_token_id: int | None, 
 
 
 def class_targets(inputs: Mapping[str, Any]) -> Targets:
-    """Rows of a classification batch of any model: `labels` `[B]`, of which -100 leaves one out, whatever else it has.
+    """Rows of a classification batch of any model: `labels` `[B]` (soft: `[B, C]`), of which -100 leaves one out.
 
     Raises:
         ValueError: no labels, or not one for each row.
     """
     labels = inputs.get("labels")
-    if labels is None or labels.dim() != 1:
+    if labels is None or labels.dim() not in (1, 2):
         raise ValueError(
-            f"Classification needs `labels` with one class per row, got "
+            f"Classification needs `labels` with one class, or one share of each class, per row, got "
             f"{sorted(inputs) if labels is None else f'labels of shape {tuple(labels.shape)}'}."
         )
-    keep = (labels != IGNORED_LABEL).nonzero().squeeze(1)
+    keep = labelled(labels).nonzero().squeeze(1)
     return Targets(keep, labels[keep], torch.arange(len(keep), device=labels.device), keep, len(keep))
 
 

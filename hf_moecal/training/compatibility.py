@@ -15,6 +15,9 @@ from transformers import Trainer
 from .arguments import MoECalArguments
 
 
+_LABELS = {"label", "labels", "label_ids"}
+
+
 def check_arguments(args: Any, kwargs: Mapping[str, Any]) -> None:
     """Raises a `ValueError` where the training arguments, or what else a trainer is given, cannot take effect."""
     if not isinstance(args, MoECalArguments):
@@ -52,9 +55,15 @@ def check_arguments(args: Any, kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def label_name(args: MoECalArguments) -> str:
-    """The column of the labels; raises a `ValueError` where `label_names` is not one name."""
-    names = ["labels"] if args.label_names is None else list(args.label_names)
+def label_name(args: MoECalArguments, dataset: Any = None) -> str:
+    """The column of the labels: `votes` where the training rows have no other.
+
+    Raises:
+        ValueError: `label_names` is not one name.
+    """
+    columns = getattr(dataset, "column_names", None) or ()
+    default = "votes" if "votes" in columns and not _LABELS & set(columns) else "labels"
+    names = [default] if args.label_names is None else list(args.label_names)
     if len(names) != 1:
         raise ValueError(
             f"An example has one label here, got label_names={names}; name the column of it, or leave it unset."
@@ -75,9 +84,9 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, *, labels: set[str] | 
         if hasattr(dataset, "__len__") and len(dataset) == 0:
             raise ValueError(f"Dataset {name!r} is empty; leave it out, or check how it was filtered.")
         columns = getattr(dataset, "column_names", None)
-        if labels is not None and columns and not (labels | {"label", "labels", "label_ids"}) & set(columns):
+        if labels is not None and columns and not (labels | _LABELS) & set(columns):
             raise ValueError(
-                f"Dataset {name!r} has no `label` column, only {list(columns)}; rename it with "
+                f"Dataset {name!r} has no `label` column (or `votes` of raters), only {list(columns)}; rename it with "
                 "dataset.rename_column(..., 'label'), or name it with label_names=[...]."
             )
 

@@ -15,7 +15,7 @@ from ..objectives import example_losses
 from ..readouts.attached import AttachedReadout, Member, logits_of
 from ..readouts.mixture import Mixed, Readout, mean_expert_loss, mixed_agreement
 from ..table import IGNORED_LABEL
-from ..tasks.choice import OptionTargets, WordTargets, choice_targets, flat_inputs
+from ..tasks.options import OptionTargets, WordTargets, choice_targets, flat_inputs
 from ..tasks.targets import (
     Loss,
     Targets,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..labels import shares_of_votes
 from ..metrics import calibration_metrics
 from ..model.freezing import CONTAINER, what_trains
 from ..probes import find_moe_layers
@@ -53,7 +54,7 @@ class MoECalMixin(EvaluationMixin, CheckpointMixin, PublishingMixin):
     ):
         kwargs = named_arguments(super().__init__, given, kwargs)
         check_arguments(args, kwargs)
-        self._label_name = label_name(args)
+        self._label_name = label_name(args, kwargs.get("train_dataset"))
         labels = {self._label_name} if self.needs_labels else None
         check_datasets(kwargs.get("train_dataset"), kwargs.get("eval_dataset"), labels=labels)
         adapted = kwargs.get("peft_config") is not None
@@ -180,9 +181,11 @@ class MoECalMixin(EvaluationMixin, CheckpointMixin, PublishingMixin):
         return self._loss_computer.batch(self._with_labels(inputs), whole=whole)
 
     def _with_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch with its labels under the name that everything reads, if `label_names` gives them another."""
+        """The batch with its labels under the name that everything reads, if they have another; votes as shares."""
         if self._label_name == "labels" or self._label_name not in inputs:
             return inputs
+        if self._label_name == "votes":
+            inputs = {**inputs, "votes": shares_of_votes(inputs["votes"])}
         return {"labels" if name == self._label_name else name: value for name, value in inputs.items()}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

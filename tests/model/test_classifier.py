@@ -153,6 +153,7 @@ def test_the_prefix_cache_changes_nothing(tmp_path):
     assert relative_error(found, expected) <= 1e-5 and (tmp_path / "c").exists()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
 def test_an_adapter_brings_its_head(tmp_path):
     olmoe().save_pretrained(tmp_path / "base")
     model = add_lora(load_model(tmp_path / "base"), r=2)
