@@ -96,8 +96,8 @@ def _check_shares(labels: Tensor, num_classes: int) -> None:
     if wrong.any():
         first = [round(share, 6) for share in labels[wrong][0].tolist()]
         raise ValueError(
-            f"A soft label must be shares of at least 0 that sum to one, got {first}; divide by the sum, or give counts "
-            "of raters in a column `votes`. (Several right classes, multi-label, are not supported.)"
+            f"A soft label must be shares of at least 0 that sum to one, got {first}; divide by the sum, or give "
+            "counts of raters in a column `votes`. (Several right classes, multi-label, are not supported.)"
         )
 
 
@@ -115,8 +115,8 @@ def shares_of_votes(votes: Tensor) -> Tensor:
     if not (votes >= 0).all() or not torch.equal(votes, votes.round()):  # NaN too
         row = int((~((votes >= 0) & (votes == votes.round()))).any(1).nonzero()[0])
         raise ValueError(
-            f"`votes` must be counts, whole numbers of at least 0, but a row has {votes[row].tolist()}; shares belong in "
-            "a column `label`."
+            f"`votes` must be counts, whole numbers of at least 0, but a row has {votes[row].tolist()}; shares belong "
+            "in a column `label`."
         )
     total = votes.double().sum(1, keepdim=True)
     return torch.where(total > 0, votes / total.clamp_min(1), float(IGNORED_LABEL)).float()
@@ -135,7 +135,9 @@ def read_label(row: Any, classes: int | None = None) -> int | list[float]:
     label = next((row[name] for name in ("label", "labels") if row.get(name) is not None), None)
     votes = row.get("votes")
     if label is None and isinstance(votes, Sequence | Tensor) and not isinstance(votes, str):
-        return shares_of_votes(torch.as_tensor(votes)[None])[0].tolist()
+        label = shares_of_votes(torch.as_tensor(votes)[None])[0].tolist()
+        if label[0] == IGNORED_LABEL:
+            return IGNORED_LABEL
     if label is None:
         return IGNORED_LABEL
     if hasattr(label, "tolist"):  # an array or a tensor

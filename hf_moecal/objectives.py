@@ -317,8 +317,8 @@ def example_losses(
         raise unknown_objective(objective)
     if logits.dim() != 2 or labels.dim() not in (1, 2) or len(labels) != len(logits):
         raise ValueError(
-            f"`logits` must be [N, C] and `labels` [N] or [N, C], got {tuple(logits.shape)} and {tuple(labels.shape)}; "
-            "flatten tokens first and drop those with label -100."
+            f"`logits` must be [N, C] and `labels` [N] or [N, C], got {tuple(logits.shape)} and "
+            f"{tuple(labels.shape)}; flatten tokens first and drop those with label -100."
         )
     check_labels(labels, logits.shape[1])
     log_probs = F.log_softmax(logits.float(), dim=-1)

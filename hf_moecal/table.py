@@ -6,7 +6,7 @@ One row per example. A producer fills the columns that it has; a consumer asks f
 | column | per row | meaning |
 |---|---|---|
 | `id` | str or int | key that joins labels, ratings and routing later |
-| `label` | int | reference class; -100 means "no label" |
+| `label` | int | reference class, or float [C]: the share of each class; -100 means "no label" |
 | `logits` | float [C] | scores before softmax |
 | `probs` | float [C] | probabilities, summing to one |
 | `prediction` | int | argmax of `probs` |

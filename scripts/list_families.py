@@ -18,7 +18,7 @@ import transformers
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from tiny_moe import classifier_families, families, tiny_batch, tiny_model
+from tiny_moe import families, headless_families, tiny_batch, tiny_model
 
 from hf_moecal import UnsupportedMoEError, probe_experts
 
@@ -28,7 +28,7 @@ class Family:
     """One row of the table."""
 
     name: str
-    classifier: bool
+    head: str
     last: str
     earlier: str
     error: float
@@ -38,17 +38,21 @@ class Family:
 
 @torch.no_grad()
 def probe(name: str) -> Family:
-    classifier = name in classifier_families()
+    head = "hf_moecal" if name in headless_families() else "transformers"
     inputs = {"input_ids": tiny_batch()["input_ids"], "use_cache": False}
     try:
         model = tiny_model(name, every_layer=True)
         with probe_experts(model, "all") as seen:
             model(**inputs)
         certificates = [seen.certificate_of(layer.index) for layer in seen.layers]
+        classifier = tiny_model(name, classifier=True, every_layer=True)
+        with probe_experts(classifier) as pooled:
+            classifier(**inputs)
     except UnsupportedMoEError as error:
-        return Family(name, classifier, "", "", float("nan"), False, str(error))
-    relative = max(certificate.error / certificate.scale for certificate in certificates)
-    return Family(name, classifier, certificates[-1].path, certificates[0].path, relative, _knows_router(seen))
+        return Family(name, head, "", "", float("nan"), False, str(error))
+    of_classifier = pooled.certificate_of(pooled.layers[0].index)
+    relative = max(certificate.error / certificate.scale for certificate in [*certificates, of_classifier])
+    return Family(name, head, certificates[-1].path, certificates[0].path, relative, _knows_router(seen))
 
 
 def _knows_router(seen: object) -> bool:
@@ -67,14 +71,19 @@ def table(rows: list[Family]) -> str:
         f"{len(supported)} of the {len(rows)} causal-LM MoE families of transformers {transformers.__version__} are "
         f"supported; at the last MoE layer {count['delta']} take the path `delta`, {count['gather']} `gather` and "
         f"{count['prefix']} `prefix`. The error is the largest difference from brute force, relative to the largest "
-        "logit. The path depends on the configuration and is measured on every model anew.",
+        "logit, of the language model and of the classifier. The path depends on the configuration and is measured on "
+        "every model anew.",
         "",
-        "| family | last MoE layer | an earlier one | error | full router distribution | classification head |",
+        f"Every one of them has a sequence-classification head: {sum(row.head == 'transformers' for row in supported)} "
+        "in transformers, and for the others hf_moecal adds transformers' own generic one "
+        "([classifiers.md](classifiers.md)).",
+        "",
+        "| family | last MoE layer | an earlier one | error | full router distribution | classification head of |",
         "|---|---|---|---|---|---|",
     ]
     for row in supported:
-        known, head = "yes" if row.router else "no", "yes" if row.classifier else ""
-        lines.append(f"| `{row.name}` | {row.last} | {row.earlier} | {row.error:.0e} | {known} | {head} |")
+        known = "yes" if row.router else "no"
+        lines.append(f"| `{row.name}` | {row.last} | {row.earlier} | {row.error:.0e} | {known} | {row.head} |")
     lines += ["", "Not supported, with the reason that the error gives:", ""]
     lines += [f"- `{row.name}`: {row.reason}" for row in rows if row.reason]
     return "\n".join(lines) + "\n"
