@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.head import CHUNK_ELEMENTS, RowSelector
+from ..model.head import CHUNK_ELEMENTS, RowSelector, same_length
 from ..probes import ExpertProbe, probe_experts
 from ..probes.routing import upcast
 from .committee import Shared, member_models
@@ -84,6 +84,7 @@ class AttachedReadout:
         self._outputs: list[Any] = []
         self._quiet = False
         self._shared: Shared | None = None
+        self.members: list[Member] = []
         self.parts: list[Mixed] = []
         """Of each member of a classifier, in the last forward."""
 
@@ -91,6 +92,7 @@ class AttachedReadout:
         with ExitStack() as stack:
             others = member_models(self._model)  # before anything watches the model that they are made of
             self.readout = replace(self.readout, members=1 + len(others))
+            stack.enter_context(same_length(self._model, unless=lambda: self.is_quiet))
             models = enumerate([self._model, *others])
             self.members = [stack.enter_context(self._watched(number, model)) for number, model in models]
             if others:
