@@ -79,10 +79,11 @@ class MoECalSFTTrainer(MoECalMixin, SFTTrainer):
     """`trl.SFTTrainer` with objectives that keep the confidence of answers honest under shift.
 
     Everything that SFTTrainer does with data holds: text, prompt-completion and conversational datasets,
-    `completion_only_loss`, `assistant_only_loss`, chat templates, `peft_config`, `packing` and `padding_free`. The objective is that of
-    [`MoECalTrainer`] with `task="lm"`, over the whole optimizer batch: an example is an answer, with the mean loss of
-    its supervised tokens (`example="sequence"`), or a token (`example="token"`). Answers that are packed into one row
-    stay examples of their own (with `packing_strategy="wrapped"`, which cuts them anywhere, a row is one example).
+    `completion_only_loss`, `assistant_only_loss`, chat templates, `peft_config`, `packing` and `padding_free`. The
+    objective is that of [`MoECalTrainer`] with `task="lm"`, over the whole optimizer batch: an example is an answer,
+    with the mean loss of its supervised tokens (`example="sequence"`), or a token (`example="token"`). Answers that
+    are packed into one row stay examples of their own (with `packing_strategy="wrapped"`, which cuts texts anywhere, a
+    row is one example).
 
     SFTTrainer's `entropy`, `mean_token_accuracy` and `num_tokens` are logged too, of the forward that trains: each
     token counts once, however often the objective looks at it. `evaluate` gives `eval_<set>_ece` and so on of tokens

@@ -41,6 +41,9 @@ from .publishing import PublishingMixin
 from .streaming import choose_batch_type
 
 
+_PATIENCE = 10  # optimizer batches without any label, from the first on, after which a run is refused
+
+
 class MoECalMixin(EvaluationMixin, CheckpointMixin, PublishingMixin):
     """Makes the Trainer behind it optimise `args.objective` over the whole optimizer batch; see [`MoECalTrainer`]."""
 
@@ -183,10 +186,11 @@ class MoECalMixin(EvaluationMixin, CheckpointMixin, PublishingMixin):
         if "loss" in logs and self._summaries:
             logs = {**logs, **average_summaries(self._summaries, accelerator=self.accelerator)}
             self._summaries = []
-        if self._steps["skipped"] and not self._steps["trained"]:
+        skipped = self._steps["skipped"]
+        if not self._steps["trained"] and skipped >= (1 if "train_loss" in logs else _PATIENCE):
             raise ValueError(
-                f"No example has a label (all are -100) in any of the {self._steps['skipped']} optimizer batches so "
-                "far; check the labels of the dataset."
+                f"No example has a label (all are -100) in any of the {skipped} optimizer batches so far; check the "
+                "labels of the dataset."
             )
         if "loss" in logs and self._steps["skipped since the last log"]:
             logs = {**logs, "skipped_steps": self._steps["skipped since the last log"]}

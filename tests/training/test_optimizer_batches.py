@@ -147,7 +147,7 @@ def test_training_without_any_label_is_refused(tmp_path):
     rows = [{**row, "labels": -100} for row in classification_data(16)]
     args = arguments(tmp_path, objective="robust", max_steps=4, num_train_epochs=4, logging_steps=2)
     trainer = MoECalTrainer(model=classification_model(), args=args, train_dataset=rows, data_collator=collate)
-    with pytest.raises(ValueError, match=r"No example has a label \(all are -100\) in any of the 2 optimizer batches"):
+    with pytest.raises(ValueError, match=r"No example has a label \(all are -100\) in any of the 4 optimizer batches"):
         trainer.train()
 
 
