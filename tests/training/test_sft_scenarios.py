@@ -25,7 +25,8 @@ SCENARIOS = {  # rows, fields of the configuration, and what else the trainer is
     "conversations": (DATA["assistant"][0], {}, {}),
     "assistant_only": (DATA["assistant"][0], dict(assistant_only_loss=True), {}),
     "conversational prompts": (
-        [{"prompt": chat(q, a)[:1], "completion": chat(q, a)[1:]} for q, a in PAIRS], dict(completion_only_loss=True), {}
+        [{"prompt": chat(q, a)[:1], "completion": chat(q, a)[1:]} for q, a in PAIRS],
+        dict(completion_only_loss=True), {},
     ),
     "end token": (DATA["text"][0], dict(eos_token="w9"), {}),
     "cut": (DATA["text"][0], dict(max_length=4), {}),

@@ -26,8 +26,8 @@ def run(folder, *, rows=None, model=None, callbacks=None, train=True, resume=Non
     given = {name: changes.pop(name) for name in ("eval_dataset", "data_collator") if name in changes}
     args = arguments(folder, **{"objective": "erm", "max_steps": -1, "num_train_epochs": 1, **changes})
     trainer = MoECalTrainer(
-        model=model or classification_model(), args=args, train_dataset=classification_data() if rows is None else rows,
-        callbacks=callbacks, **{"data_collator": collate, **given},
+        model=model or classification_model(), args=args, callbacks=callbacks,
+        train_dataset=classification_data() if rows is None else rows, **{"data_collator": collate, **given},
     )  # fmt: skip
     if train:
         trainer.train(resume_from_checkpoint=resume)
