@@ -17,7 +17,6 @@ from transformers import Trainer
 
 from ..metrics import calibration_metrics
 from ..model.freezing import CONTAINER, what_trains
-from ..probes import find_moe_layers
 from ..readouts.committee import member_names
 from ..tasks.choice import CHOICE_COLUMNS, ChoiceCollator
 from .arguments import MoECalArguments
@@ -88,8 +87,6 @@ class MoECalMixin(EvaluationMixin, CheckpointMixin, PublishingMixin):
         self._batch_type, self.normalizes = choose_batch_type(
             self.model, args, accelerator=self.accelerator, balanced=self._balance > 0
         )
-        if args.objective == "robust_filtered" or args.readout != "native":
-            find_moe_layers(self.model)  # refuses a model without mixtures now, not after the warm-up
 
     def _start_over(self) -> None:
         """Forgets the optimizer batches of a run."""
@@ -316,11 +313,14 @@ class MoECalTrainer(MoECalMixin, Trainer):
     split. All of Trainer's arguments work; `args` must be [`MoECalArguments`].
 
     Over a dict of evaluation sets, `evaluate` gives `eval_<set>_ece`, `eval_<set>_nll` and so on, so that
-    `metric_for_best_model="eval_tweets_ece"` works. For a language model these are the figures of its supervised
-    tokens, and `eval_<set>_sequence_ece` and so on those of its sequences, see [`calibration_metrics`]; `predict`
-    gives them per token instead of logits over the vocabulary. Each logging step reports the objective's value, the
-    mean loss, the effective sample size and largest weight of the adversary, the share of routing-relevant examples,
-    and mean disagreement and regret.
+    `metric_for_best_model="eval_tweets_ece"` works; `eval_<set>_loss` is the mean cross-entropy over the examples. For
+    a language model these are the figures of its supervised tokens, and `eval_<set>_sequence_ece` and so on those of
+    its sequences, see [`calibration_metrics`]; `predict` gives them per token. With `compute_metrics` or
+    `preprocess_logits_for_metrics` of your own, and for rows without labels, it gives logits over the vocabulary
+    instead (of a mixture or committee log-probabilities), as Trainer does. Each logging step reports the objective's
+    value, the mean loss, the effective sample size and largest weight of the adversary, the share of routing-relevant
+    examples, and mean disagreement and regret; `skipped_steps` counts optimizer batches without any label, which make
+    no step.
 
     Args:
         model (`PreTrainedModel`): a mixture-of-experts model with a sequence-classification or language-model head.
