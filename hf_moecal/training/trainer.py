@@ -55,8 +55,8 @@ class MoECalMixin(EvaluationMixin, CheckpointMixin, PublishingMixin):
         kwargs = named_arguments(super().__init__, given, kwargs)
         check_arguments(args, kwargs)
         self._label_name = label_name(args)
-        labels = {self._label_name} if self.needs_labels else None
-        check_datasets(kwargs.get("train_dataset"), kwargs.get("eval_dataset"), labels=labels)
+        sets = kwargs.get("train_dataset"), kwargs.get("eval_dataset")
+        check_datasets(*sets, labels={self._label_name} if self.needs_labels else None)
         model = prepared_model(model, args)
         if args.task == "choice" and kwargs.get("data_collator") is None:
             kwargs["data_collator"] = ChoiceCollator(kwargs.get("processing_class"))
@@ -203,8 +203,6 @@ class MoECalMixin(EvaluationMixin, CheckpointMixin, PublishingMixin):
         """A further member's parameters decay as member 0's do."""
         names = {name for name in super().get_decay_parameter_names(model) if not name.startswith(f"{CONTAINER}.")}
         return [*names, *(key for key, name in member_names(model).items() if name in names)]
-
-    # The objective.
 
     def _first_pass(self, model: nn.Module) -> None:
         """Measures the losses of micro-batches 1, 2, ... without gradient, where the coefficients depend on them."""
