@@ -30,7 +30,9 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
             rows = [{**row, "label": (row["label"] + (i % 6 > 3)) % 2} for i, row in enumerate(rows)]
         Dataset.from_list(rows).to_parquet(str(tmp_path / f"{name}.parquet"))
     code = code.replace("Qwen/Qwen1.5-MoE-A2.7B", str(tmp_path / "model"))
-    code = code.replace('MoECalArguments("out")', 'MoECalArguments("out", report_to="none", use_cpu=True)')
+    code = code.replace(
+        'MoECalArguments("out")', 'MoECalArguments("out", report_to="none", use_cpu=True, learning_rate=3e-3)'
+    )
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     assert "'ece':" in capsys.readouterr().out
