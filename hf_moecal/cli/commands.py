@@ -134,6 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--revision", help="branch")
     for added in (evaluate, calibrate, report, push):
         added.add_argument("--renormalize", action="store_true", help="divide each row of rounded probs by its sum")
+        added.add_argument(
+            "--labels", metavar="NAMES", help="classes in order, as in negative,positive, if not numbers"
+        )
     return parser
 
 
@@ -200,6 +203,7 @@ def _predict(options: Options) -> None:
 def _evaluate(options: Options) -> None:
     from ..metrics import table_report
     from ..report import collect, format_table
+    from ..report.data import plain
 
     if (options.table is None) == (options.lm_eval_samples is None):
         raise ValueError("give either a predictions table or --lm-eval-samples FILE.")
@@ -208,10 +212,10 @@ def _evaluate(options: Options) -> None:
 
         table = read_lm_eval_samples(options.lm_eval_samples)
     else:
-        table = read_given(options.table, renormalize=options.renormalize)
+        table = read_given(options.table, options)
     table = judged_by(grouped_by(table, options.group), options.confidence, options.correct)
     if options.json:
-        print(json.dumps(table_report(table, bins=options.bins), indent=1))
+        print(json.dumps(plain(table_report(table, bins=options.bins)), indent=1, allow_nan=False))
     else:
         print(format_table(collect({"": table}, title="", bins=options.bins)))
 
@@ -221,7 +225,10 @@ def _calibrate(options: Options) -> None:
 
     data = {"name": options.data_name or Path(options.table).name}
     result = calibrate(
-        options.model, read_given(options.table, renormalize=options.renormalize), method=options.method, data=data
+        options.model,
+        read_given(options.table, options),
+        method=options.method,
+        data=data,
     )
     print("\n".join(result.lines()))
 
@@ -259,7 +266,7 @@ def _report(options: Options) -> None:
         wrong = [name for name, sign, path in pairs if not sign or not path]
         if wrong:
             raise ValueError(f"tables are given as NAME=FILE, as in ERM=erm.parquet; got {wrong[0]!r}.")
-        return {name: read_given(path, renormalize=options.renormalize) for name, _, path in pairs}
+        return {name: read_given(path, options) for name, _, path in pairs}
 
     tables, hard_routed = named(options.tables), named(options.hard_routed)
     written = write_report(
@@ -313,9 +320,7 @@ def _push(options: Options) -> None:
 
     evaluation = None
     if options.table is not None:
-        evaluation = table_report(grouped_by(read_given(options.table, renormalize=options.renormalize), "group"))[
-            "groups"
-        ]
+        evaluation = table_report(grouped_by(read_given(options.table, options), "group"))["groups"]
     url = push(
         options.model,
         repo_id=options.repo_id,
