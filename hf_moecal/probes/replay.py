@@ -28,6 +28,7 @@ from .sharding import unsharded
 
 
 _MISSING = object()
+OTHER_INPUTS = ("pixel_", "image_", "video_", "audio_", "input_features", "input_values", "second_per_grid")
 
 
 @contextmanager
@@ -269,27 +270,48 @@ def _at_rows(value: Tensor, batch_shape: tuple[int, int], rows: Tensor) -> Tenso
     return value
 
 
+def of_other_modalities(inputs: dict[str, Any]) -> list[str]:
+    """Names of the inputs that are images, videos or sounds: nothing in them says to which row they belong."""
+    return [name for name, value in inputs.items() if name.startswith(OTHER_INPUTS) and value is not None]
+
+
 def take_rows(inputs: dict[str, Any], batch: int, rows: Tensor) -> dict[str, Any]:
-    """The inputs of some batch rows; what has no batch dimension stays."""
+    """The inputs of some batch rows; what has no batch dimension stays, images and the like are left out."""
 
     def take(value: Any, name: str) -> Any:
         if isinstance(value, dict):
             return {key: take(item, key) for key, item in value.items()}
         if name == "past_key_values" and value is not None:
-            return _cache_rows(value, rows)
+            return _cache_rows(value, batch, rows)
         if not isinstance(value, Tensor) or value.dim() < 2:
             return value
         if name == "position_ids" and value.dim() == 3 and value.shape[1] == batch:
             return value[:, rows]
         return value[rows] if value.shape[0] == batch else value
 
-    return {name: take(value, name) for name, value in inputs.items()}
+    others = of_other_modalities(inputs)
+    return {name: take(value, name) for name, value in inputs.items() if name not in others}
 
 
-def _cache_rows(cache: Any, rows: Tensor) -> Any:
+def _cache_rows(cache: Any, batch: int, rows: Tensor) -> Any:
+    """A copy of a cache with some of its rows, also where its layers (static, linear, convolution) offer no selection."""
     cache = copy.deepcopy(cache)
-    cache.batch_select_indices(rows)
+    for layer in cache.layers:
+        for name, value in vars(layer).items():
+            if name == "max_batch_size":
+                setattr(layer, name, len(rows))
+            else:
+                setattr(layer, name, tree_map(lambda leaf: _leading_rows(leaf, batch, rows), value))
     return cache
+
+
+def _leading_rows(value: Any, batch: int, rows: Tensor) -> Any:
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return value
+    if value.shape[0] == batch:
+        return value[rows.to(value.device)]
+    # Positions of several kinds, one set for each.
+    return value[:, rows.to(value.device)] if value.dim() == 3 and value.shape[1] == batch else value
 
 
 def own_cache(inputs: dict[str, Any]) -> dict[str, Any]:
