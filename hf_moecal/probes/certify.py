@@ -31,6 +31,7 @@ from .sharding import is_sharded, of_first_process, unsharded
 
 
 _TOLERANCE = 1e-5  # of the logits' scale, in float32
+_ROWS = 4  # of a batch with images, on which paths are compared
 _NEAR = 2  # times the nearest path's own error, where only a low precision can tell
 
 
@@ -233,7 +234,10 @@ def _certified_tokens(parts: ModelParts, seen: Capture, logits: Tensor) -> Tenso
         each = tail(parts, seen, seen.last_hidden[:1].transpose(0, 1))
         return (each - logits[:1]).abs().amax(-1).argmin()[None]
     real = real_tokens(seen)
-    return torch.unique(real[[len(real) // 2, -1]])
+    if not of_other_modalities(seen.inputs):
+        return torch.unique(real[[len(real) // 2, -1]])
+    rows = [real[real // seen.batch_shape[1] == row] for row in range(min(seen.batch_shape[0], _ROWS))]
+    return torch.cat([own[[len(own) // 2, -1]].unique() for own in rows if len(own)])  # any may have the images
 
 
 def brute_force(

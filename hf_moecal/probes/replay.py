@@ -206,6 +206,12 @@ def gather_hidden(parts: ModelParts, capture: Capture, layer: MoELayer, route: R
 def prefix_hidden(parts: ModelParts, capture: Capture, layer: MoELayer, route: Reroute) -> Tensor:
     """Last hidden states `[n, m, H]`: whole sequences from the layer's own decoder layer on, per token and expert."""
     call, (batch, length) = capture.call(layer.name), capture.batch_shape
+    site, others = parts.sites[layer.name], of_other_modalities(capture.inputs)
+    if others and site.position + 1 < len(site.blocks):
+        raise UnsupportedMoEError(
+            f"Later layers than that of {layer.name} may see {others[0]} again, and nothing says which row it is of; "
+            "probe the last MoE layer, or give text alone."
+        )
     repeated = route.tokens.repeat_interleave(route.alone.shape[1])
     rows, place = repeated // length, torch.arange(len(repeated), device=repeated.device) * length + repeated % length
 
@@ -294,7 +300,7 @@ def take_rows(inputs: dict[str, Any], batch: int, rows: Tensor) -> dict[str, Any
 
 
 def _cache_rows(cache: Any, batch: int, rows: Tensor) -> Any:
-    """A copy of a cache with some of its rows, also where its layers (static, linear, convolution) offer no selection."""
+    """A copy of a cache with some of its rows, also where its layers offer no selection (static, linear ones)."""
     cache = copy.deepcopy(cache)
     for layer in cache.layers:
         for name, value in vars(layer).items():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
 
-from hf_moecal import find_moe_layers, probe_experts
+from hf_moecal import UnsupportedMoEError, find_moe_layers, probe_experts
 from hf_moecal.readouts.mixture import Readout
 from hf_moecal.readouts.recorded import attach_readout
 from tests.rerouting import brute_force
@@ -54,17 +54,34 @@ def batch_of(images: tuple[int, int]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("images", [(1, 1), (2, 0), (1, 2)])
-@pytest.mark.parametrize("index", [-1, 0])
 @torch.no_grad()
-def test_rows_with_images(images: tuple[int, int], index: int) -> None:
+def test_rows_with_images(images: tuple[int, int]) -> None:
     model, inputs = model_of(), batch_of(images)
-    layer = find_moe_layers(model)[index]
-    with probe_experts(model, index) as probe:
+    layer = find_moe_layers(model)[-1]
+    with probe_experts(model) as probe:
         plain = model(**inputs).logits
     found = probe.expert_logits(TOKENS)
     truth = brute_force(model, layer, inputs, TOKENS, probe.record.expert_ids[TOKENS])
     assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
     torch.testing.assert_close(probe.logits(TOKENS), plain.flatten(0, 1)[TOKENS], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("images", [(1, 1), (2, 0)])
+@torch.no_grad()
+def test_layers_after_which_images_come_in_again_are_refused(images: tuple[int, int]) -> None:
+    model = model_of()
+    with probe_experts(model, 0) as probe:
+        model(**batch_of(images))
+        with pytest.raises(UnsupportedMoEError, match="may see pixel_values again"):
+            probe.expert_logits(TOKENS)
+        text = {"input_ids": batch_of((0, 0))["input_ids"], "use_cache": False}
+        model(**text)
+        found = probe.expert_logits(TOKENS)
+        truth = brute_force(model, probe.layers[0], text, TOKENS, probe.record.expert_ids[TOKENS])
+        assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
+        model(**batch_of(images))
+        with pytest.raises(UnsupportedMoEError, match="may see pixel_values again"):
+            probe.expert_logits(TOKENS)
 
 
 @torch.no_grad()
