@@ -19,6 +19,7 @@ from .replay import (
     final_norm,
     fresh,
     gather_hidden,
+    logits_of,
     of_other_modalities,
     own_cache,
     prefix_hidden,
@@ -201,7 +202,7 @@ def _pushed(parts: ModelParts, seen: Capture, route: Reroute) -> Reroute:
 def _observed(parts: ModelParts, layer: MoELayer, inputs: dict[str, Any]) -> tuple[Tensor, Capture]:
     recorder = Recorder(parts, [layer], replayed={layer.name})
     with recorder.attached(), unsharded(parts, parts.outer):
-        logits = parts.outer(**own_cache(inputs)).logits
+        logits = logits_of(parts.outer(**own_cache(inputs)), parts)
     return logits, recorder.capture
 
 

@@ -121,8 +121,23 @@ def _tail(parts: ModelParts, capture: Capture, hidden: Tensor) -> Tensor:
         return type(capture.output)(last_hidden_state=hidden)
 
     with unsharded(parts, parts.outer), patched({parts.base: stub}):
-        logits = parts.outer(input_ids=tokens, use_cache=False).logits
+        logits = logits_of(parts.outer(input_ids=tokens, use_cache=False), parts)
     return logits.reshape(hidden.shape[0], -1)
+
+
+def logits_of(output: Any, parts: ModelParts) -> Tensor:
+    """The logits of an output of the outer model.
+
+    Raises:
+        UnsupportedMoEError: the model predicts something else than classes at its tokens.
+    """
+    if getattr(output, "logits", None) is None:
+        raise UnsupportedMoEError(
+            f"{type(parts.outer).__name__} gives no `logits` (as a head for question answering does not), so its "
+            "experts predict no classes; load the model with AutoModelForCausalLM or "
+            "AutoModelForSequenceClassification."
+        )
+    return output.logits
 
 
 def _has_vocabulary(parts: ModelParts) -> bool:
