@@ -1,4 +1,8 @@
-"""Packaging of hf_moecal. Tested versions are pinned in constraints.txt; the ranges here say what is known to work."""
+"""Packaging of hf_moecal. Tested versions are pinned in constraints.txt; the ranges here say what is known to work.
+
+The lower bounds are tested as constraints-floor.txt, the highest versions as they resolve; transformers, whose models
+this package reaches into, has an upper bound until its next release is verified (hf_moecal/versions.py).
+"""
 
 import re
 from pathlib import Path
@@ -46,7 +50,7 @@ setup(
         "accelerate>=1.10",
         "datasets>=4.0",
         "evaluate>=0.4.5",
-        "huggingface_hub>=1.0",
+        "huggingface_hub>=1.5",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pyarrow>=15",
@@ -56,7 +60,7 @@ setup(
         "scipy>=1.11",
         "torch>=2.6",
         "tqdm>=4.66",
-        "transformers>=5.5",
+        "transformers>=5.6,<5.25",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["moecal = hf_moecal.cli.commands:main"]},

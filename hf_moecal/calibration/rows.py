@@ -130,7 +130,7 @@ class Rows:
                 f"Label {wrong[0]} is out of range: the table has {classes} classes, so labels are 0 to "
                 f"{classes - 1}, or {IGNORED_LABEL} for a row without one."
             )
-        absent = at_labels(self.logits <= ABSENT_LOGIT / 2, self.labels) > 0
+        absent = at_labels(self.logits <= np.float64(ABSENT_LOGIT / 2), self.labels) > 0
         if absent.any():
             row = int(np.flatnonzero(absent)[0])
             raise ValueError(

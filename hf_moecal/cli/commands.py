@@ -137,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--revision", help="branch")
     for added in (evaluate, calibrate, report, push):
         added.add_argument("--renormalize", action="store_true", help="divide each row of rounded probs by its sum")
+        added.add_argument(
+            "--labels", metavar="NAMES", help="classes in order, as in negative,positive, if not numbers"
+        )
     return parser
 
 
@@ -187,10 +190,11 @@ def _predict(options: Options) -> None:
 def _evaluate(options: Options) -> None:
     from ..metrics import table_report
     from ..report import collect, format_table
+    from ..report.data import plain
 
     table = judged_by(grouped_by(given(options), options.group), options.confidence, options.correct)
     if options.json:
-        print(json.dumps(table_report(table, bins=options.bins), indent=1))
+        print(json.dumps(plain(table_report(table, bins=options.bins)), indent=1, allow_nan=False))
     else:
         print(format_table(collect({"": table}, title="", bins=options.bins)))
 
@@ -237,7 +241,7 @@ def _report(options: Options) -> None:
         wrong = [name for name, sign, path in pairs if not sign or not path]
         if wrong:
             raise ValueError(f"tables are given as NAME=FILE, as in ERM=erm.parquet; got {wrong[0]!r}.")
-        return {name: read_given(path, renormalize=options.renormalize) for name, _, path in pairs}
+        return {name: read_given(path, options) for name, _, path in pairs}
 
     tables, hard_routed = named(options.tables), named(options.hard_routed)
     written = write_report(
@@ -270,7 +274,7 @@ def _push(options: Options) -> None:
 
     evaluation = calibrated = None
     if options.table is not None:
-        table = grouped_by(read_given(options.table, renormalize=options.renormalize), "group")
+        table = grouped_by(read_given(options.table, options), "group")
         raw, applied = before_and_after(options.model, table)
         evaluation = table_report(raw)["groups"]
         calibrated = None if applied is None else table_report(applied)["groups"]

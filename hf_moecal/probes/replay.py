@@ -29,6 +29,7 @@ from .sharding import unsharded
 
 
 _MISSING = object()
+OTHER_INPUTS = ("pixel_", "image_", "video_", "audio_", "input_features", "input_values", "second_per_grid")
 
 
 @contextmanager
@@ -131,8 +132,23 @@ def _tail(parts: ModelParts, capture: Capture, hidden: Tensor) -> Tensor:
         return type(capture.output)(last_hidden_state=hidden)
 
     with unsharded(parts, parts.outer), patched({parts.base: stub}):
-        logits = parts.outer(input_ids=tokens, use_cache=False).logits
+        logits = logits_of(parts.outer(input_ids=tokens, use_cache=False), parts)
     return logits.reshape(hidden.shape[0], -1)
+
+
+def logits_of(output: Any, parts: ModelParts) -> Tensor:
+    """The logits of an output of the outer model.
+
+    Raises:
+        UnsupportedMoEError: the model predicts something else than classes at its tokens.
+    """
+    if getattr(output, "logits", None) is None:
+        raise UnsupportedMoEError(
+            f"{type(parts.outer).__name__} gives no `logits` (as a head for question answering does not), so its "
+            "experts predict no classes; load the model with AutoModelForCausalLM or "
+            "AutoModelForSequenceClassification."
+        )
+    return output.logits
 
 
 def _has_vocabulary(parts: ModelParts) -> bool:
@@ -216,6 +232,12 @@ def gather_hidden(parts: ModelParts, capture: Capture, layer: MoELayer, route: R
 def prefix_hidden(parts: ModelParts, capture: Capture, layer: MoELayer, route: Reroute) -> Tensor:
     """Last hidden states `[n, m, H]`: whole sequences from the layer's own decoder layer on, per token and expert."""
     call, (batch, length) = capture.call(layer.name), capture.batch_shape
+    site, others = parts.sites[layer.name], of_other_modalities(capture.inputs)
+    if others and site.position + 1 < len(site.blocks):
+        raise UnsupportedMoEError(
+            f"Later layers than that of {layer.name} may see {others[0]} again, and nothing says which row it is of; "
+            "probe the last MoE layer, or give text alone."
+        )
     repeated = route.tokens.repeat_interleave(route.alone.shape[1])
     rows, place = repeated // length, torch.arange(len(repeated), device=repeated.device) * length + repeated % length
 
@@ -280,27 +302,48 @@ def _at_rows(value: Tensor, batch_shape: tuple[int, int], rows: Tensor) -> Tenso
     return value
 
 
+def of_other_modalities(inputs: dict[str, Any]) -> list[str]:
+    """Names of the inputs that are images, videos or sounds: nothing in them says to which row they belong."""
+    return [name for name, value in inputs.items() if name.startswith(OTHER_INPUTS) and value is not None]
+
+
 def take_rows(inputs: dict[str, Any], batch: int, rows: Tensor) -> dict[str, Any]:
-    """The inputs of some batch rows; what has no batch dimension stays."""
+    """The inputs of some batch rows; what has no batch dimension stays, images and the like are left out."""
 
     def take(value: Any, name: str) -> Any:
         if isinstance(value, dict):
             return {key: take(item, key) for key, item in value.items()}
         if name in CACHE_NAMES and value is not None:
-            return _cache_rows(value, rows)
+            return _cache_rows(value, batch, rows)
         if not isinstance(value, Tensor) or value.dim() < 2:
             return value
         if name == "position_ids" and value.dim() == 3 and value.shape[1] == batch:
             return value[:, rows]
         return value[rows] if value.shape[0] == batch else value
 
-    return {name: take(value, name) for name, value in inputs.items()}
+    others = of_other_modalities(inputs)
+    return {name: take(value, name) for name, value in inputs.items() if name not in others}
 
 
-def _cache_rows(cache: Any, rows: Tensor) -> Any:
+def _cache_rows(cache: Any, batch: int, rows: Tensor) -> Any:
+    """A copy of a cache with some of its rows, also where its layers offer no selection (static, linear ones)."""
     cache = copy.deepcopy(cache)
-    cache.batch_select_indices(rows)
+    for layer in cache.layers:
+        for name, value in vars(layer).items():
+            if name == "max_batch_size":
+                setattr(layer, name, len(rows))
+            else:
+                setattr(layer, name, tree_map(lambda leaf: _leading_rows(leaf, batch, rows), value))
     return cache
+
+
+def _leading_rows(value: Any, batch: int, rows: Tensor) -> Any:
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return value
+    if value.shape[0] == batch:
+        return value[rows.to(value.device)]
+    # Positions of several kinds, one set for each.
+    return value[:, rows.to(value.device)] if value.dim() == 3 and value.shape[1] == batch else value
 
 
 def own_cache(inputs: dict[str, Any]) -> dict[str, Any]:

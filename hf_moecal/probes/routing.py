@@ -246,10 +246,30 @@ def _why_unsupported(model: nn.Module) -> str:
     }
     if not suspects:
         return f"{type(model).__name__} has no MoE layer: give a sparse Mixture-of-Experts model."
+    if any(isinstance(module._modules.get("experts"), nn.ModuleList) for module in model.modules()):
+        return (
+            f"The experts of {type(model).__name__} are a list of modules, as in remote code, so "
+            f"no call of one module consults them. {_remedy(model)}"
+        )
     found = "; ".join(f"{name}({', '.join(parameters)})" for name, parameters in suspects.items())
     return (
         f"The experts of {type(model).__name__} cannot be consulted one by one: none of its modules computes "
         f"experts({', '.join(_CONTRACT)}), which weights the experts' outputs. Found instead: {found}."
+    )
+
+
+def _remedy(model: nn.Module) -> str:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in CONFIG_MAPPING_NAMES:
+        return (
+            f"transformers has {kind!r} itself, with experts in one module: load the checkpoint without "
+            "trust_remote_code=True."
+        )
+    return (
+        f"transformers does not have the type {kind!r} itself; where it has the architecture under another name "
+        "(many are deepseek_v3), set `model_type` in config.json to that and load it without trust_remote_code=True."
     )
 
 

@@ -66,9 +66,9 @@ def test_bins_against_a_plain_loop():
     json.dumps(data, allow_nan=False)
 
 
-def test_band_is_the_row_bootstrap():
+def test_band_of_many_rows_is_that_of_resampled_rows():
     table = make_table(5000)
-    data = report.reliability(table, bins=5, bootstrap=2000)
+    data = report.reliability(table, bins=5)
     confidence, right = table["probs"].max(axis=1), table["probs"].argmax(axis=1) == table["label"]
     rng, drawn = np.random.default_rng(1), []
     for _ in range(500):
