@@ -7,7 +7,7 @@ leaves a row out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from .table import IGNORED_LABEL
 
+
+VOTES = "votes"
+"""Column with the number of raters that chose each class."""
 
 _ROUNDING = 1e-5  # of a sum of shares in float32
 
@@ -122,6 +125,14 @@ def shares_of_votes(votes: Tensor) -> Tensor:
     return torch.where(total > 0, votes / total.clamp_min(1), float(IGNORED_LABEL)).float()
 
 
+def with_labels(inputs: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A batch whose labels, under whatever name, are `labels`; votes become shares."""
+    if name == "labels" or name not in inputs:
+        return dict(inputs)
+    found = shares_of_votes(inputs[name]) if name == VOTES else inputs[name]
+    return {**{other: value for other, value in inputs.items() if other not in (name, "labels")}, "labels": found}
+
+
 def read_label(row: Any, classes: int | None = None) -> int | list[float]:
     """The label of one row of a data set, from its `label` (or `labels`), else its `votes`; -100 for none.
 
@@ -133,7 +144,7 @@ def read_label(row: Any, classes: int | None = None) -> int | list[float]:
         ValueError: it is neither a class nor a distribution.
     """
     label = next((row[name] for name in ("label", "labels") if row.get(name) is not None), None)
-    votes = row.get("votes")
+    votes = row.get(VOTES)
     if label is None and isinstance(votes, Sequence | Tensor) and not isinstance(votes, str):
         label = shares_of_votes(torch.as_tensor(votes)[None])[0].tolist()
         if label[0] == IGNORED_LABEL:
@@ -148,3 +159,12 @@ def read_label(row: Any, classes: int | None = None) -> int | list[float]:
     if isinstance(label, bool) or int(label) != label:
         raise ValueError(f"A label is an integer class or a list with the share of each class, got {label!r}.")
     return int(label)
+
+
+def read_labels(values: Sequence[Any], name: str) -> list[int] | list[list[float]]:
+    """The labels in a column of that name: all of them classes, or all of them shares."""
+    labels = [read_label({name: value}) for value in values]
+    soft = next((label for label in labels if isinstance(label, list)), None)
+    if soft is None:
+        return labels
+    return [label if isinstance(label, list) else [float(IGNORED_LABEL)] * len(soft) for label in labels]

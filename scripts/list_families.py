@@ -74,9 +74,8 @@ def table(rows: list[Family]) -> str:
         "logit, of the language model and of the classifier. The path depends on the configuration and is measured on "
         "every model anew.",
         "",
-        f"Every one of them has a sequence-classification head: {sum(row.head == 'transformers' for row in supported)} "
-        "in transformers, and for the others hf_moecal adds transformers' own generic one "
-        "([classifiers.md](classifiers.md)).",
+        f"{sum(row.head == 'transformers' for row in supported)} of them have a sequence-classification head in "
+        "transformers; to the others hf_moecal adds transformers' own generic one ([classifiers.md](classifiers.md)).",
         "",
         "| family | last MoE layer | an earlier one | error | full router distribution | classification head of |",
         "|---|---|---|---|---|---|",

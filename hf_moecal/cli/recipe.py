@@ -5,7 +5,7 @@ model: Qwen/Qwen1.5-MoE-A2.7B            # a Hub id or a folder
 dtype: bfloat16                          # of the loaded weights (float32 if unset); `bf16: true` trains in float32
 data:
   text: text                             # column to tokenize
-  label: label                           # column with the class
+  label: label                           # column with the class or shares of classes; `votes` with raters' counts
   max_length: 128
   train: {path: imdb, split: train}      # a Hub id, or a .parquet, .jsonl or .csv file, also hf://datasets/...
   validation: {path: imdb, split: test}
@@ -53,6 +53,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..labels import VOTES, read_labels
 from ..table import FILE_KINDS, SCORINGS
 from ..tasks import TASKS
 from ..training.arguments import MoECalArguments
@@ -194,6 +195,9 @@ def load_set(name: str, spec: Mapping[str, Any], recipe: Recipe) -> Dataset:
 def _labelled(name: str, dataset: Dataset, own: Mapping[str, Any]) -> Dataset:
     if own["threshold"] is not None:
         return _classes(name, dataset, own["label"], float(own["threshold"]))
+    if own["label"] == VOTES:
+        dataset = dataset.remove_columns([column for column in ("label",) if column in dataset.column_names])
+        return dataset.add_column("label", read_labels(dataset[VOTES][:], VOTES))
     return dataset if own["label"] == "label" else dataset.rename_column(own["label"], "label")
 
 
@@ -238,9 +242,11 @@ def _values(name: str, dataset: Dataset, source: str | list[str]) -> list[Any]:
     return values
 
 
-def _indices(name: str, dataset: Dataset, column: str) -> list[int]:
+def _indices(name: str, dataset: Dataset, column: str) -> list[int] | list[list[float]]:
     _check_columns(name, dataset, [column])
     labels = dataset[column][:]
+    if isinstance(labels[0], list):
+        return read_labels(labels, VOTES if column == VOTES else "label")
     wrong = next((x for x in labels if not isinstance(x, int) and not (isinstance(x, str) and x.isdecimal())), None)
     if wrong is not None:
         raise ValueError(

@@ -69,7 +69,7 @@ def train_recipe(recipe: Recipe, *, overrides: Sequence[str] = (), resume: bool 
     loaded = {name: load_set(name, spec, recipe) for name, spec in sets.items()}
     precise = {"seed": arguments.seed, "dtype": recipe.dtype}
     if arguments.task == "classification":
-        classes = 1 + max(max(dataset["label"]) for dataset in loaded.values())
+        classes = max(_num_classes(dataset["label"][:]) for dataset in loaded.values())
         model, tokenizer = load_classifier(recipe.model, classes, **precise)
     else:
         model, tokenizer = load_language_model(recipe.model, **precise)
@@ -191,6 +191,10 @@ def _wanted_sets(recipe: Recipe, sets: Sequence[str] | None) -> dict[str, dict[s
     return {name: known[name] for name in wanted}
 
 
+def _num_classes(labels: list[int] | list[list[float]]) -> int:
+    return len(labels[0]) if isinstance(labels[0], list) else 1 + max(labels)
+
+
 def _together(sets: Mapping[str, Dataset], recipe: Recipe) -> Dataset:
     """One dataset of all sets, whose column `group` names the set of each row."""
     from datasets import Value, concatenate_datasets
@@ -198,7 +202,8 @@ def _together(sets: Mapping[str, Dataset], recipe: Recipe) -> Dataset:
     grouped = []
     for name, dataset in sets.items():
         kept = dataset.remove_columns([column for column in ("group",) if column in dataset.column_names])
-        if "label" in recipe.columns and dataset.features["label"] != Value("int64"):
+        single = "label" in recipe.columns and not hasattr(dataset.features["label"], "feature")  # no list of shares
+        if single and dataset.features["label"] != Value("int64"):
             kept = kept.cast_column("label", Value("int64"))
         grouped.append(kept.add_column("group", [name] * len(kept)))
     try:

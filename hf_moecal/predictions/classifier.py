@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..labels import check_labels, labelled, read_label
+from ..labels import VOTES, check_labels, labelled, read_labels
 from ..model.head import pooled_positions
 from ..model.prefix_cache import PrefixCache
 from ..probes import RoutingRecord
@@ -177,19 +177,14 @@ def tokenized(dataset: Dataset, processing_class: Any, text_column: str, max_len
 
 def known_labels(dataset: Dataset) -> list[int] | list[list[float]]:
     """The label of every row: classes, or shares of each class from a `label` that is a list or from `votes`."""
-    name = next((name for name in ("label", "labels", "votes") if name in dataset.column_names), None)
+    name = next((name for name in ("label", "labels", VOTES) if name in dataset.column_names), None)
     if name is None:
         return [IGNORED_LABEL] * len(dataset)
-    labels = []
-    for value in dataset[name]:
-        wrong = isinstance(value, bool) or not isinstance(value, (int, list))
-        if wrong and name != "votes":
-            raise ValueError(
-                f"Column {name!r} must hold integer classes, or lists with the share of each class, found {value!r}; "
-                "use dataset.class_encode_column."
-            )
-        labels.append(read_label({name: value}))
-    soft = next((label for label in labels if isinstance(label, list)), None)
-    if soft is None:
-        return labels
-    return [label if isinstance(label, list) else [float(IGNORED_LABEL)] * len(soft) for label in labels]
+    values = list(dataset[name])
+    wrong = next((value for value in values if isinstance(value, bool) or not isinstance(value, (int, list))), None)
+    if wrong is not None and name != VOTES:
+        raise ValueError(
+            f"Column {name!r} must hold integer classes, or lists with the share of each class, found {wrong!r}; use "
+            "dataset.class_encode_column."
+        )
+    return read_labels(values, name)

@@ -48,10 +48,10 @@ class ChoiceCollator:
     """Makes batches of multiple-choice examples for `MoECalArguments(task="choice")`.
 
     An example has `prompt` (text), `options` (list of texts, which may differ in number) and `label` (index of the
-    right one; -100 or absent for none), or the tokens themselves as `prompt_ids` and `option_ids`. Where raters differ,
-    `label` is a list with the share of each option, or there is no `label` and `votes` says how many chose each.
-    Prompt and option are joined as they are: write the space between them, at the end of the prompt or before the
-    options.
+    right one; -100 or absent for none), or the tokens themselves as `prompt_ids` and `option_ids`. Where raters
+    differ, `label` is a list with the share of each option, or there is no `label` and `votes` says how many chose
+    each. Prompt and option are joined as they are: write the space between them, at the end of the prompt or before
+    the options.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the model's.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ..labels import shares_of_votes
+from ..labels import with_labels
 from ..metrics import calibration_metrics
 from ..model.freezing import CONTAINER, what_trains
 from ..readouts.committee import member_names
@@ -182,11 +182,7 @@ class MoECalMixin(EvaluationMixin, CheckpointMixin, PublishingMixin):
 
     def _with_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch with its labels under the name that everything reads, if they have another; votes as shares."""
-        if self._label_name == "labels" or self._label_name not in inputs:
-            return inputs
-        if self._label_name == "votes":
-            inputs = {**inputs, "votes": shares_of_votes(inputs["votes"])}
-        return {"labels" if name == self._label_name else name: value for name, value in inputs.items()}
+        return with_labels(inputs, self._label_name)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._summaries:
