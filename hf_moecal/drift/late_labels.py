@@ -170,6 +170,8 @@ def _read_labels(labels: Any) -> tuple[np.ndarray, np.ndarray]:
     elif isinstance(labels, (str, Path)):
         labels = read_table(labels)
     label = columns(labels, "id", "label")["label"]
+    if label.ndim == 2:
+        raise ValueError("Column 'label' holds the share of each class; labels that come later are single classes.")
     ids = labels["id"][:]
     texts = [str(value) for value in ids] if isinstance(ids, list) else key_texts("id", np.asarray(ids))
     return np.asarray(texts, str), label

@@ -259,6 +259,11 @@ def reference_outcome(schema: Schema, reference: Mapping[str, np.ndarray]) -> di
     """Numbers, `correct` and `sequence` of the labelled rows of a reference; `None` where it has no labels."""
     if "label" not in reference or "prediction" not in schema.categories or "confidence" not in reference:
         return None
+    if reference["label"].ndim == 2:
+        raise ValueError(
+            "The reference's column 'label' holds the share of each class; make it one class (the one of the largest "
+            "share), or leave it out: what is right is followed by single labels."
+        )
     labelled = reference["label"] != IGNORED_LABEL
     if not labelled.any():
         return None

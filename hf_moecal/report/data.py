@@ -34,7 +34,8 @@ def outcomes(table: Table, *more: str) -> dict[str, np.ndarray]:
         more: further columns to carry along.
 
     Returns:
-        `confidence`, `correct`, `row` (position in the table) [n]; `label` [n], `probs` [n, C], `nll` and `brier` [n]
+        `confidence`, `correct` (of soft labels the share of raters who agree), `row` (position in the table) [n];
+        `label` [n], `probs` [n, C], `nll` and `brier` [n]
         as far as they are there; and `more`.
 
     Raises:
@@ -46,7 +47,8 @@ def outcomes(table: Table, *more: str) -> dict[str, np.ndarray]:
     given = next((name for name in ("probs", "logits") if name in present), None)
     wanted = (given,) if given else ("confidence", "prediction", *row_scores(table))
     found = columns(table, "label", *wanted, *more)
-    row = np.flatnonzero(found["label"] != IGNORED_LABEL)
+    soft = found["label"].ndim == 2  # the share of each class
+    row = np.flatnonzero((found["label"][:, 0] if soft else found["label"]) != IGNORED_LABEL)
     if not len(row):
         raise ValueError(
             f"No row of the predictions table has a label (all are {IGNORED_LABEL}); join the labels by `id` first."
@@ -56,7 +58,11 @@ def outcomes(table: Table, *more: str) -> dict[str, np.ndarray]:
         found["probs"] = softmax(found.pop("logits"))
     if "probs" in found:
         found["confidence"], found["prediction"] = found["probs"].max(axis=1), found["probs"].argmax(axis=1)
-    return {**found, "correct": found["prediction"] == found["label"], "row": row}
+    if soft:
+        correct = np.take_along_axis(found["label"], found["prediction"][:, None], axis=1)[:, 0]
+    else:
+        correct = found["prediction"] == found["label"]
+    return {**found, "correct": correct, "row": row}
 
 
 def _judged_outcomes(table: Table, *more: str) -> dict[str, np.ndarray]:

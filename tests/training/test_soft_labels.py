@@ -88,7 +88,7 @@ def test_the_filter_reads_distributions(tmp_path):
     """Losses, regret and disagreement from one whole forward per expert, from their definitions."""
     shares = torch.tensor(VOTES * 2) / 4
     rows = [{**row, "labels": q} for row, q in zip(classification_data(), shares, strict=True)]
-    settings = dict(readout="soft_mixture", tau_regret=0.4, tau_disagreement=0.25, expert_loss_weight=0.5)
+    settings = dict(readout="soft_mixture", tau_regret=0.2, tau_disagreement=0.1, expert_loss_weight=0.5)
     args = arguments(tmp_path, **settings)
     found, _ = trained_gradients(classification_model(), rows, args)
     model, examples = classification_model().train(), []
