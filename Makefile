@@ -1,10 +1,12 @@
-# make demo   the whole path on real data: fetch, upcycle, train twice, evaluate, report   (about 8 minutes)
+# make demo   the whole path on real data: fetch, upcycle, train by three methods, evaluate, report   (about 10 minutes)
 # make test   the test suite, slow matrices included
 # make test-floor test-newest   a sample of it on the oldest versions (constraints-floor.txt) and the newest that setup.py allows
 VENV ?= .venv
 PYTHON ?= python3
 EXTRAS ?= dev
 BIN := $(VENV)/bin
+# One process for each core, and each test file in one process, since tests of a file share what they build.
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 # What the versions differ in: gradients, resuming, caches, saving and loading, the table, the evaluate module.
 SAMPLE := tests/training/test_trainer.py tests/readouts/test_committee.py tests/hub/test_saving.py \
@@ -27,10 +29,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python scripts/fetch_data.py
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PYTEST) --durations=30
 
 test-fast: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PYTEST) -m "not slow"
 
 # A layer over the environment holds only what differs from it, so that neither takes minutes to install.
 test-floor test-newest: setup
