@@ -157,7 +157,9 @@ def read_label(row: Any, classes: int | None = None) -> int | list[float]:
         check_labels(torch.tensor([label]), len(label) if classes is None else classes)
         return label
     if isinstance(label, bool) or int(label) != label:
-        raise ValueError(f"A label is an integer class or a list with the share of each class, got {label!r}.")
+        raise ValueError(
+            f"label {label!r} is no index of a class (or option), and no list with the share of each; give either."
+        )
     return int(label)
 
 

@@ -138,7 +138,10 @@ class ChoiceCollator:
         return [row["prompt"] for row in rows], [list(row["options"]) for row in rows]
 
     def _example(self, row: Mapping[str, Any], number: int, options: list[Continued]) -> EncodedChoice:
-        label = read_label(row, len(options))
+        try:
+            label = read_label(row, len(options))
+        except ValueError as error:
+            raise ValueError(f"Row {number}: {error}") from error
         if len(options) < 2:
             raise ValueError(f"Row {number} has {len(options)} options; a choice needs two or more.")
         if isinstance(label, int) and not (label == IGNORED_LABEL or 0 <= label < len(options)):

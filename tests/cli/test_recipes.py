@@ -369,3 +369,22 @@ def test_the_script_for_short_answers(tmp_path, monkeypatch, capsys):
 def test_spellings_that_are_right():
     script = short_answers()
     assert script.is_right("The Beatles!", ["beatles", "x"]) and not script.is_right("Beatle", ["beatles"])
+
+
+def test_a_family_without_a_head_trains_on_votes(tmp_path):
+    tiny_config("olmoe", vocab_size=64).save_pretrained(tmp_path / "base")
+    AutoModelForCausalLM.from_config(tiny_config("olmoe", vocab_size=64)).save_pretrained(tmp_path / "base")
+    tokenizer(tmp_path / "base")
+    votes = [[i % 3, 1, 4] for i in range(8)]
+    Dataset.from_dict({"text": ["good film"] * 8, "votes": votes}).to_parquet(str(tmp_path / "rated.parquet"))
+    spec = {"path": str(tmp_path / "rated.parquet")}
+    settings = {"objective": "erm", "train": "last_moe_layer", "max_steps": 1, "output_dir": str(tmp_path / "out")}
+    recipe = Recipe(
+        str(tmp_path / "base"), label="votes", train=spec, groups={"rated": spec},
+        arguments={**settings, "report_to": "none", "eval_strategy": "no", "use_cpu": True},
+    )  # fmt: skip
+    trainer = train_recipe(recipe)
+    assert type(trainer.model).__name__ == "OlmoeForSequenceClassification" and trainer.model.config.num_labels == 3
+    table = predict_recipe(recipe, model=str(tmp_path / "out"))
+    assert table["label"][0] == pytest.approx([0.0, 0.2, 0.8]) and table["votes"][:] == votes
+    assert table["label"][1] == pytest.approx([1 / 6, 1 / 6, 4 / 6])
