@@ -111,8 +111,8 @@ def diagram(confidence: np.ndarray, correct: np.ndarray) -> Figure:
 def page() -> gradio.Blocks:
     with gradio.Blocks(title="Calibration error") as blocks:
         gradio.Markdown(
-            "# Can these probabilities be trusted?\nPaste one row per line (or rows in brackets), one number per class, "
-            "and the labels."
+            "# Can these probabilities be trusted?\nPaste one row per line (or rows in brackets), one number per "
+            "class, and the labels."
         )
         with gradio.Row():
             with gradio.Column():
