@@ -103,8 +103,8 @@ def _upper_on(bins: Bins, side: np.ndarray) -> float:
     def truth(multiple: np.ndarray | float) -> np.ndarray:
         return _score_limit(bins.confidence, bins.count, multiple, side, bins.spread)
 
-    smallest = min((bins.count * rate * (1.0 - rate)).min() for rate in (bins.confidence, bins.accuracy))
-    if smallest >= 25.0 or len(bins.share) > FEW:
+    even = np.minimum(*(bins.count * rate * (1.0 - rate) for rate in (bins.confidence, bins.accuracy)))
+    if bins.share[even < 25.0].sum() <= 0.05 or len(bins.share) > FEW:
         return _upper_of_many(bins, truth)
 
     def chance(multiple: float) -> float:
