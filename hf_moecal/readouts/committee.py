@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from ..model.freezing import CONTAINER, head_modules, last_moe_site
 from ..probes.capture import autocast_state
 from ..probes.certify import evaluating
-from ..probes.replay import patched
 from ..probes.routing import hooked, upcast
+from ..probes.tail import patched
 
 
 MEMBERS_FILE = "members.safetensors"
