@@ -18,7 +18,7 @@ from .chance import FEW, STEPS_SHOW, Bins, merged, tail
 LEVEL = 0.05
 _Z = 1.959963984540054  # normal quantile that leaves out half of LEVEL
 _SURE = 1.5  # standard errors by which a bin's gap is shortened before its sign is believed
-_HALVINGS = 4
+_HALVINGS = 3
 _STEPS = 50
 _normal = np.vectorize(lambda z: 0.5 * math.erfc(-z / math.sqrt(2.0)), otypes=[float])
 
@@ -116,7 +116,7 @@ def _upper_on(bins: Bins, side: np.ndarray) -> float:
     low, high = 0.0, 2.0
     while chance(high) > 0.5 * LEVEL and high < 1e3:
         low, high = high, 2.0 * high
-    for _ in range(2 * _HALVINGS):
+    for _ in range(8):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if chance(middle) > 0.5 * LEVEL else (low, middle)
     return float(bins.share @ np.abs(bins.confidence - truth(high)))
