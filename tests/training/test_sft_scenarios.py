@@ -82,3 +82,18 @@ def test_another_chat_template(tmp_path):
     ours, stock = (train(tmp_path, "conversations", kind, **changes) for kind in (MoECalSFTTrainer, SFTTrainer))
     assert_alike(ours, stock)
     assert ours.processing_class.chat_template == OTHER
+
+
+def test_a_stream(tmp_path):
+    both = []
+    for kind in (MoECalSFTTrainer, SFTTrainer):
+        own = dict(objective="erm", example="token") if kind is MoECalSFTTrainer else dict(loss_type="nll")
+        args = config(
+            tmp_path, MoECalSFTConfig if kind is MoECalSFTTrainer else SFTConfig, max_steps=2, learning_rate=0.01,
+            per_device_train_batch_size=4, gradient_accumulation_steps=1, **own,
+        )  # fmt: skip
+        stream = Dataset.from_list(DATA["text"][0]).to_iterable_dataset()
+        trainer = kind(model=language_model(), args=args, processing_class=tokenizer(), train_dataset=stream)
+        trainer.train()
+        both.append(trainer)
+    assert_alike(*both)
