@@ -40,7 +40,7 @@ test-floor test-newest: setup
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> $$($(VENV)-layer/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/zz_below.pth
 	grep "^torch==" constraints.txt > $(VENV)-layer/torch.txt
-	$(VENV)-layer/bin/python -m pip install -q $(if $(filter test-floor,$@),-r constraints-floor.txt, \
+	$(VENV)-layer/bin/python -m pip install -q --no-compile $(if $(filter test-floor,$@),-r constraints-floor.txt, \
 		-U --upgrade-strategy eager -c $(VENV)-layer/torch.txt -e .)
 	HF_HUB_OFFLINE=1 PYTHONPATH=. $(VENV)-layer/bin/python -m pytest -q -m "not slow" $(SAMPLE)
 

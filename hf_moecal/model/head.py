@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..probes.capture import autocast_state, base_of
-from ..probes.replay import patched
+from ..probes.tail import patched
 
 
 # Logits of one chunk, rounded up to whole rows: 32 MiB in float32, twice as much with their log-probabilities. Blocks

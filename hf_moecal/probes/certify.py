@@ -19,16 +19,15 @@ from .replay import (
     final_norm,
     fresh,
     gather_hidden,
-    logits_of,
     of_other_modalities,
     own_cache,
     prefix_hidden,
     replaying,
-    tail,
     take_rows,
 )
 from .routing import MoELayer, UnsupportedMoEError, hooked
 from .sharding import is_sharded, of_first_process, unsharded
+from .tail import logits_of, tail
 
 
 _TOLERANCE = 1e-5  # of the logits' scale, in float32

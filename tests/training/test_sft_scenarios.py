@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -35,7 +35,6 @@ SCENARIOS = {  # rows, fields of the configuration, and what else the trainer is
         [{"q": q, "a": a} for q, a in PAIRS], {}, dict(formatting_func=lambda row: f"{row['q']} {row['a']}")
     ),
     "tokens": ([{"input_ids": [WORDS[w] for w in f"{q} {a}".split()]} for q, a in PAIRS], {}, {}),
-    "stream": (IterableDataset.from_generator(lambda: iter(DATA["text"][0])), dict(max_steps=2), {}),
     "adapter": (
         DATA["text"][0], {},
         dict(peft_config=LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="gaussian")),
@@ -58,7 +57,7 @@ def train(folder, name, kind, **changes):
     coder = tokenizer()
     trainer = kind(
         model=language_model(), args=args, processing_class=coder,
-        train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows, **given,
+        train_dataset=Dataset.from_list(rows), **given,
     )  # fmt: skip
     trainer.train()
     return trainer
@@ -83,3 +82,18 @@ def test_another_chat_template(tmp_path):
     ours, stock = (train(tmp_path, "conversations", kind, **changes) for kind in (MoECalSFTTrainer, SFTTrainer))
     assert_alike(ours, stock)
     assert ours.processing_class.chat_template == OTHER
+
+
+def test_a_stream(tmp_path):
+    both = []
+    for kind in (MoECalSFTTrainer, SFTTrainer):
+        own = dict(objective="erm", example="token") if kind is MoECalSFTTrainer else dict(loss_type="nll")
+        args = config(
+            tmp_path, MoECalSFTConfig if kind is MoECalSFTTrainer else SFTConfig, max_steps=2, learning_rate=0.01,
+            per_device_train_batch_size=4, gradient_accumulation_steps=1, **own,
+        )  # fmt: skip
+        stream = Dataset.from_list(DATA["text"][0]).to_iterable_dataset()
+        trainer = kind(model=language_model(), args=args, processing_class=tokenizer(), train_dataset=stream)
+        trainer.train()
+        both.append(trainer)
+    assert_alike(*both)

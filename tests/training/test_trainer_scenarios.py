@@ -1,6 +1,7 @@
 """What people do with `transformers.Trainer`, on a tiny mixture with objective="erm": it works here too."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,14 +180,18 @@ def test_compiled(tmp_path):
 def test_hub_strategies(tmp_path, monkeypatch, strategy):
     """What goes up while a run goes on, told from the calls that would send it."""
     sent = []
-    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, **kwargs: setattr(self, "hub_model_id", "me/model"))
-    monkeypatch.setattr("hf_moecal.hub.push", lambda folder, **kwargs: sent.append("published"))
 
-    def upload(**kwargs):
+    def start(trainer, **kwargs):
+        trainer.hub_model_id, trainer.push_in_progress = "me/model", None
+
+    def upload(*args, **kwargs):
         sent.append(kwargs.get("path_in_repo") or "run")
-        return type("Job", (), {"is_done": lambda self: True, "result": lambda self: None})()
+        return SimpleNamespace(done=lambda: True, result=lambda: None)
 
-    monkeypatch.setattr("transformers.trainer.upload_folder", upload)
+    monkeypatch.setattr(Trainer, "init_hf_repo", start)
+    monkeypatch.setattr("hf_moecal.hub.push", lambda folder, **kwargs: sent.append("published"))
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: SimpleNamespace(upload_folder=upload), raising=False)
+    monkeypatch.setattr("transformers.trainer.upload_folder", upload, raising=False)  # as older versions call it
     trainer = run(
         tmp_path, push_to_hub=True, hub_strategy=strategy, hub_model_id="me/model", hub_token="none",
         save_strategy="steps", save_steps=1, num_train_epochs=2,
