@@ -73,10 +73,9 @@ def predict(
 
     Args:
         model (`PreTrainedModel`): a mixture of experts: a sequence classifier, else a causal language model.
-        dataset (`datasets.Dataset`): columns as above; the label is optional (-100 for none), and may be a list of shares, or be
-            in `votes` (recipes/classifiers.md). All other columns are
-            kept, under their names, except token ids and those that the table makes itself; a table of tokens leaves
-            the texts out.
+        dataset (`datasets.Dataset`): columns as above; the label is optional (-100 for none), and may be a list of
+            shares, or be in `votes` (recipes/classifiers.md). All other columns are kept, under their names, except
+            token ids and those that the table makes itself; a table of tokens leaves the texts out.
         task (`str`, *optional*, defaults to `"classification"`): as in [`MoECalArguments`].
         processing_class (`PreTrainedTokenizerBase`, *optional*): tokenizer; needed for text.
         text_column (`str`, *optional*, defaults to `"text"`): the column to tokenize.

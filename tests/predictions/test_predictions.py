@@ -108,7 +108,7 @@ def test_bad_input_is_named(model):
         (Dataset.from_dict({"input_ids": [[1], []]}), r"Row 1 has no token \(an empty text\?\)", {}),
         (text, r"neither `input_ids` nor a column 'text', only \['sentence'\]", {}),
         (text, "Text needs a tokenizer", {"text_column": "sentence"}),
-        (Dataset.from_dict({"input_ids": [[1]], "label": ["good"]}), "must hold integer classes, or lists .*, found 'good'", {}),
+        (Dataset.from_dict({"input_ids": [[1]], "label": ["good"]}), "integer classes, or lists .*, found 'good'", {}),
         (Dataset.from_dict({"input_ids": [[1]], "label": [3]}), "Label 3 is out of range for 3 classes", {}),
     ]:
         with pytest.raises(ValueError, match=message):

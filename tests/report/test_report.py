@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hf_moecal import report
+from hf_moecal.report.data import outcomes, scores
 from hf_moecal.report.routing import by_configuration, collect_routing, expert_load, fragile
 
 
@@ -278,3 +279,13 @@ def test_weights_count_as_rows_that_are_there_so_often():
             assert weighted[name][figure] == pytest.approx(other[name][figure], abs=1e-12), figure
         mine, theirs = (rows[name]["diagram"]["accuracy"] for rows in (weighted, other))
         assert [x for x in mine if x is not None] == pytest.approx([x for x in theirs if x is not None])
+
+
+def test_of_soft_labels_the_raters_who_agree_are_right():
+    probs = [[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]]
+    table = {"label": [[0.75, 0.25], [0.5, 0.5], [-100.0, -100.0]], "probs": probs}
+    found = outcomes(table)
+    assert found["correct"].tolist() == [0.75, 0.5] and found["row"].tolist() == [0, 1]
+    figures = scores(found)
+    assert figures["accuracy"] == pytest.approx(0.625) and figures["n"] == 2
+    assert figures["nll"] == pytest.approx(-np.mean([0.75 * np.log(0.9) + 0.25 * np.log(0.1), 0.5 * np.log(0.16)]))
