@@ -87,7 +87,7 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, *, labels: set[str] | 
         columns = getattr(dataset, "column_names", None)
         if labels is not None and columns and not (labels | _LABELS) & set(columns):
             raise ValueError(
-                f"Dataset {name!r} has no `label` column (or `votes` of raters), only {list(columns)}; rename it with "
+                f"Dataset {name!r} has no `label` column, only {list(columns)}; rename it with "
                 "dataset.rename_column(..., 'label'), or name it with label_names=[...]."
             )
 

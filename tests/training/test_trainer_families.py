@@ -31,7 +31,7 @@ def step(model, rows, folder, **settings):
     expected = robust_filtered(losses, relevant, eta=args.eta).item()
     assert trainer.state.log_history[0]["objective"] == pytest.approx(expected, rel=1e-6)
     assert torch.isfinite(torch.stack(columns)).all()
-    assert (disagreement > 0).any() == (find_moe_layers(model)[-1].top_k > 1)
+    assert (disagreement > 1e-10).any() == (find_moe_layers(model)[-1].top_k > 1)  # but for rounding
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
