@@ -100,7 +100,8 @@ def config(folder, kind=None, **changes):
         optim="sgd", router_aux_loss_coef=0.0,
     )  # fmt: skip
     if kind is MoECalSFTConfig:
-        settings |= dict(eta=2.0, robust_warmup_ratio=0.0, normalizer="two_pass", tau_regret=0.4)
+        settings |= dict(objective="robust_filtered", eta=2.0, robust_warmup_ratio=0.0)
+        settings |= dict(normalizer="two_pass", tau_regret=0.4)
     else:
         settings |= dict(gradient_checkpointing=None, activation_checkpointing=True)  # the default's new name
     return kind(str(folder), **{**settings, **changes})

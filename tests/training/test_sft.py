@@ -272,3 +272,18 @@ def test_two_processes_equal_one_full_batch(tmp_path):
         gradients = {name.removeprefix("module."): gradient for name, gradient in found["gradients"].items()}
         assert relative_error(gradients, expected) <= 1e-5
         assert found["num_tokens"] == sum(len(row["input_ids"]) for row in DATA["completion"][2])
+
+
+@pytest.mark.parametrize("readout", ["native", "soft_mixture"])
+def test_members_run_their_own_forward(tmp_path, readout):
+    """SFTTrainer gives the model a forward that calls the model itself; a copy of it would too."""
+    changes = dict(method="recommended", readout=readout, readout_members=3, max_steps=2)
+    trainer = trainer_of(tmp_path, **changes)
+    trainer.train()
+    plain = language_model()
+    before = dict(plain.named_parameters())
+    for name, parameter in trainer.model.named_parameters():
+        if "experts" in name and "layers.1" in name and "members" not in name:
+            assert not torch.equal(parameter, before[name])
+    moved = [key for key, member in getattr(trainer.model, "moecal_members").named_parameters() if "experts" in key]
+    assert len(moved) == 4  # two more members, two matrices each
