@@ -21,6 +21,8 @@ One row per example. A producer fills the columns that it has; a consumer asks f
 | `expert_weights` | float [k] | their routing weights w_k |
 | `expert_logits` | float [k, C] | what each would have predicted alone |
 | `scoring` | str | of answer options: what `logits` are, one of [`SCORINGS`], the same in all rows |
+| `calibration` | str | method that made `probs` of `logits`, where one was applied, the same in all rows |
+| `truncated` | bool | whether the text was longer than `max_length`, where one was set |
 | `readout` | str | what predicts, where that is a mixture or a committee, the same in all rows |
 
 Of answer options (C of them; those that a row lacks have probability zero) `disagreement` and the other figures of the
@@ -49,6 +51,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .files import read_rows
 
 
 if TYPE_CHECKING:
@@ -83,7 +87,6 @@ SCORINGS = ("per_token", "total", "per_byte", "label_word")
 
 IGNORED_LABEL = -100
 ABSENT_LOGIT = -1e30  # of a class that a row does not have: its probability is exactly zero
-FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
 def names(table: Dataset | Mapping[str, Any]) -> list[str]:
@@ -134,23 +137,11 @@ def _as_array(name: str, column: Any) -> np.ndarray:
 
 
 def read_table(path: str | Path) -> Dataset:
-    """Reads a predictions table from a Parquet, JSONL or CSV file, or from a folder of Parquet files.
+    """Reads a predictions table from a file, or from a folder of Parquet files; see [`hf_moecal.files.read_rows`].
 
     Raises:
-        ValueError: the path does not exist, is empty, or has an unknown ending.
+        ValueError: the path does not exist, is empty or broken, or has an unknown ending.
     """
-    from datasets import Dataset, load_dataset
-
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(map(str, path.glob("*.parquet")))
-        kind = "parquet"
-    else:
-        files, kind = ([str(path)] if path.is_file() else []), FILE_KINDS.get(path.suffix)
-    if not files:
+    if not Path(path).exists():
         raise ValueError(f"No predictions table at {str(path)!r}: give a file or a folder of .parquet files.")
-    if kind is None:
-        raise ValueError(f"Cannot read {path.name!r}: a predictions table ends in {', '.join(sorted(FILE_KINDS))}.")
-    if kind == "parquet":
-        return Dataset.from_parquet(files)
-    return load_dataset(kind, data_files=files, split="train")
+    return read_rows(path)

@@ -39,3 +39,10 @@ def judged_by(table: Dataset, confidence: str | None, correct: str | None) -> Da
     for name, column in named.items():
         judged = judged.add_column(name, [float("nan") if value is None else value for value in table[column]])
     return judged
+
+
+def without_calibration(table: Dataset) -> Dataset:
+    """The table as the model gives it, before the calibration that its column `calibration` names."""
+    from ..calibration.temperature import IdentityCalibrator
+
+    return IdentityCalibrator.from_parameters({}).apply(table).remove_columns("calibration")

@@ -26,6 +26,7 @@ __all__ = [
     "PublishError",
     "attach_calibrator",
     "calibrate",
+    "find_record",
     "from_pretrained",
     "load_calibration",
     "push",
@@ -260,6 +261,20 @@ def _calibrated(logits: torch.Tensor, calibrator: Calibrator) -> torch.Tensor:
     flat = logits.detach().float().reshape(-1, logits.shape[-1]).cpu().numpy()
     probs = torch.from_numpy(calibrator.apply({"logits": flat})["probs"])
     return probs.clamp_min(torch.finfo(torch.float32).tiny).log().to(logits).reshape(logits.shape)
+
+
+def find_record(model_dir: str | Path) -> CalibrationRecord | None:
+    """The calibration that a folder or repository carries; `None` where it has none, or nobody can ask."""
+    if Path(model_dir).exists():
+        return read_record(model_dir) if (Path(model_dir) / FILE_NAME).exists() else None
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return _record_of(model_dir, {})
+    except ValueError as error:
+        if isinstance(error.__cause__, EntryNotFoundError):  # absent, also from the cache of who is offline
+            return None
+        raise
 
 
 def _record_of(model_dir: str | Path, hub: Mapping[str, Any]) -> CalibrationRecord:

@@ -19,6 +19,8 @@ from .mixture import Mixed, Mixture, Readout, alone, joined
 
 ATTACHED = "moecal_reading"
 """Attribute of a loaded model that predicts by a readout for good: its [`AttachedReadout`]."""
+CALIBRATED_READOUT = "moecal_calibrated_readout"
+"""Attribute under which a loaded model says which readout its calibration is of, where that is not attached."""
 
 
 @dataclass(frozen=True)

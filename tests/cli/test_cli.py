@@ -11,8 +11,9 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, MixtralConfig, MixtralForSequenceClassification
 
 from hf_moecal.cli.commands import main
-from hf_moecal.cli.recipe import Recipe, expand, load_recipe, load_set
+from hf_moecal.cli.recipe import Recipe, expand, load_recipe
 from hf_moecal.cli.runs import parse_arguments
+from hf_moecal.cli.sets import load_set
 from tests.cli.helpers import WORDS, sentences, tokenizer
 
 

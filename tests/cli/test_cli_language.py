@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from hf_moecal.cli.commands import main
 from hf_moecal.cli.plan import make_plan
-from hf_moecal.cli.recipe import Recipe, load_recipe, load_set
+from hf_moecal.cli.recipe import Recipe, load_recipe
 from hf_moecal.cli.runs import parse_arguments
+from hf_moecal.cli.sets import load_set
 from hf_moecal.metrics import table_report
 from hf_moecal.table import read_table
 from tests.tasks.helpers import scores_one_by_one, word_tokenizer
