@@ -1,4 +1,4 @@
-"""Reads the files that people have: Parquet, JSON, JSON lines, and text in columns. Each kind is checked here alone."""
+"""Reads the files that people have: Parquet, JSON, JSON lines, and text in columns; each is checked here alone."""
 
 from __future__ import annotations
 
@@ -143,8 +143,8 @@ def _json(text: str, path: Path, line: int) -> Any:
     except json.JSONDecodeError as error:
         where = f"line {line + error.lineno - 1}"
         raise ValueError(
-            f"{str(path)!r}, {where} is not JSON ({error.msg} at character {error.colno}); a .jsonl file has one object "
-            "per line."
+            f"{str(path)!r}, {where} is not JSON ({error.msg} at character {error.colno}); a .jsonl file has "
+            "one object per line."
         ) from error
 
 
@@ -205,7 +205,7 @@ def _records(text: str, path: Path, separator: str) -> tuple[list[list[str]], st
         for record in reader:
             if records and record and len(record) != len(records[0]):
                 return records, (
-                    f"{str(path)!r}, line {reader.line_num} has {len(record)} fields, the first line {len(records[0])} "
+                    f"{str(path)!r}, line {reader.line_num} has {len(record)} fields, the first {len(records[0])} "
                     f"(separated by {separator!r}); a text that holds {separator!r} or a line break must stand in "
                     "double quotes."
                 )

@@ -26,6 +26,7 @@ from ..training.arguments import MoECalArguments
 from ..training.methods import chosen
 from ..training.trainer import MoECalTrainer
 from .classes import classes_of
+from .command import nearest
 from .interrupted import last_complete, room_for
 from .recipe import Recipe, expand
 from .sets import load_set, with_classes

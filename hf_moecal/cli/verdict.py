@@ -16,8 +16,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows: of [`~hf_moecal.report.collect`], for one method and the whole of each group.
 
     Returns:
-        `dict`: `sentence`; `not_trusted`, the groups that are miscalibrated beyond chance (p < .05, corrected for their
-        number), the largest error first; `trusted`, the others.
+        `dict`: `sentence`; `not_trusted`, the groups that are miscalibrated beyond chance (p < .05, corrected for
+        their number), the largest error first; `trusted`, the others.
     """
     known = [row for row in rows if row["n"]]
     wrong = sorted((row for row in known if row["miscalibrated"]), key=lambda row: -row["ece"])

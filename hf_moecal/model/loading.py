@@ -97,8 +97,8 @@ def load_classifier(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A sequence-classification model and its tokenizer.
 
-    With `num_labels` the model is to be trained: a head that the checkpoint lacks is drawn from `seed`. Without, it is to
-    predict as it was saved.
+    With `num_labels` the model is to be trained: a head that the checkpoint lacks is drawn from `seed`. Without,
+    it is to predict as it was saved.
 
     Raises:
         ValueError: without `num_labels`, the checkpoint lacks weights, such as those of a head.
@@ -144,7 +144,8 @@ def _require_whole(path: str, model: PreTrainedModel, info: Mapping[str, Any], h
     if all(not key.startswith(base) for key in missing):
         raise ValueError(f"{path} has no {', '.join(missing)}: it is a checkpoint without {head}.")
     raise ValueError(
-        f"{path} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; is the checkpoint whole?"
+        f"{path} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; is the "
+        "checkpoint whole?"
     )
 
 

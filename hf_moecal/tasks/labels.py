@@ -18,8 +18,8 @@ def class_numbers(
     """The class of each label.
 
     A label is the number of a class, or its name in `names`; upper and lower case and outer white space count only
-    where names differ by nothing else. Where a number is a name too, and of another class ("1" to "5" for the classes 0
-    to 4), it is the reading that fits all labels; if both fit, an error.
+    where names differ by nothing else. Where a number is a name too, and of another class ("1" to "5" for the classes
+    0 to 4), it is the reading that fits all labels; if both fit, an error.
 
     Args:
         values (`Sequence`): whole numbers, or texts; -100 for a row without a label.

@@ -179,7 +179,7 @@ def test_recipe_sets_are_checked(home, monkeypatch):
     film = {"path": "${DATA}/film.parquet"}
     for spec, message in [
         ({"split": "train"}, "Set 'x' has no `path`"),
-        ({"path": "${DATA}/none.parquet"}, "no file at"),
+        ({"path": "${DATA}/none.parquet"}, "No file at"),
         ({**film, "split": "test"}, "Set 'x': a file has no split; choose rows with `where"),
         ({**film, "where": {"split": "dev"}}, "Set 'x' is empty"),
         ({**film, "where": {"fold": 1}}, "Set 'x' has no column 'fold'"),
