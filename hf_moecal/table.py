@@ -21,9 +21,10 @@ One row per example. A producer fills the columns that it has; a consumer asks f
 | `expert_weights` | float [k] | their routing weights w_k |
 | `expert_logits` | float [k, C] | what each would have predicted alone |
 | `scoring` | str | of answer options: what `logits` are, one of [`SCORINGS`], the same in all rows |
-| `calibration` | str | method that made `probs` of `logits`, where one was applied, the same in all rows |
 | `truncated` | bool | whether the text was longer than `max_length`, where one was set |
 | `readout` | str | what predicts, where that is a mixture or a committee, the same in all rows |
+| `calibration` | str | the method by which the probabilities are calibrated already, where they are |
+| `conditions` | str | dtype, attention and experts implementation, quantization under which it was predicted |
 
 Of answer options (C of them; those that a row lacks have probability zero) `disagreement` and the other figures of the
 routing are over the options where these are single label words. Whole options have many tokens: theirs are means over

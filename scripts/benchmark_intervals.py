@@ -123,16 +123,12 @@ def coverage(shape: str, honesty: str, n: int, draws: int, seed: int) -> Iterato
                 note(f"width {kind}", high - low)
                 note(f"error {kind}", truth)
                 note(f"p {kind}", report["calibrated_p"] < 0.05)
-            if strategy == "equal_width":
-                ends = report_gap(sure, right)
-                note("covered gap", ends[0] <= gap <= ends[1])
-                note("width gap", ends[1] - ends[0])
-                note("gap excludes 0", not ends[0] <= 0 <= ends[1])
+                if kind == "top_label equal_width":
+                    ends = report["signed_gap_interval"]
+                    note("covered gap", ends[0] <= gap <= ends[1])
+                    note("width gap", ends[1] - ends[0])
+                    note("gap excludes 0", not ends[0] <= 0 <= ends[1])
     yield {"shape": shape, "honesty": honesty, "n": n} | {key: float(np.mean(v)) for key, v in found.items()}
-
-
-def report_gap(confidence: np.ndarray, correct: np.ndarray) -> list[float]:
-    return calibration_report(confidence=confidence, correct=correct, ranked=False)["signed_gap_interval"]
 
 
 def group_cases() -> dict[str, tuple[list[int], int | None]]:

@@ -152,12 +152,12 @@ def power(*, seeds: int) -> dict[str, float]:
             name = f"10 over 200 rows, all numbers {shift} sd higher" + ("" if sequence else ", no sequence")
             found[name] = sum(a for a, _ in pairs) / max(sum(n for _, n in pairs), 1)
             print(f"{name}: {found[name]:.3f}", flush=True)
-    found["late labels: accuracy .82 -> .72 at the same confidence"] = late_labels(seeds=seeds)
+    found["late labels: accuracy .82 -> .74 at the same confidence"] = late_labels(seeds=seeds)
     return found
 
 
 def late_labels(*, seeds: int) -> float:
-    """Share of runs whose exit code tells of 20,000 labels in which accuracy fell by .1."""
+    """Share of runs whose exit code tells of 20,000 labels in which accuracy fell by .08."""
     heard = 0
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
@@ -168,7 +168,7 @@ def late_labels(*, seeds: int) -> float:
             return {"id": np.arange(n), "confidence": confidence, "prediction": np.zeros(n, int),
                     "label": (~correct).astype(int)}  # fmt: skip
 
-        log = rows(20_000, 0.1)
+        log = rows(20_000, 0.08)
         labels = {name: log[name] for name in ("id", "label")}
         heard += monitor(rows(20_000, 0), log, window=1000, labels=labels).exit_code
     print(f"late labels: {heard / seeds:.3f}", flush=True)

@@ -24,7 +24,15 @@ def rerouted(layer: MoELayer, token: int, expert: int) -> Iterator[None]:
         weights[token, 0] = mass
         return (hidden, index, weights), {}
 
-    handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
+    def scaled_hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        rows = args[0].clone().unflatten(0, (layer.num_experts, -1))
+        scaled = rows[:, token].sum(0)  # the token's hidden state times all of its weights
+        rows[:, token] = 0
+        rows[expert, token] = scaled
+        return (rows.flatten(0, 1),), {}
+
+    chosen = scaled_hook if layer.scales_inputs else hook
+    handle = layer.module.register_forward_pre_hook(chosen, with_kwargs=True)
     yield
     handle.remove()
 

@@ -12,11 +12,12 @@ import hf_moecal
 
 PACKAGE = Path(hf_moecal.__file__).parent
 # What each folder may import, beside itself and what stands on the ground floor.
-GROUND = {"objectives", "files", "table"}
+GROUND = {"objectives", "files", "table", "versions"}
 ALLOWED = {
     "objectives": set(),
     "files": set(),
     "table": {"files"},
+    "versions": set(),
     "probes": set(),
     "metrics": set(),
     "model": {"probes"},

@@ -73,5 +73,5 @@ def from_record(record: CalibrationRecord) -> Calibrator:
     if record.method not in METHODS:
         raise ValueError(f"Unknown calibration method {record.method!r}; known are {', '.join(sorted(METHODS))}.")
     calibrator = METHODS[record.method].from_parameters(record.parameters)
-    calibrator.scoring = record.scoring
+    calibrator.scoring, calibrator.zero = record.scoring, record.zero
     return calibrator

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,22 +28,25 @@ TABLE_CALIBRATOR = "moecal_table_calibrator"
 TOKEN_SCORING = "label_word"
 """The one way of scoring options in which a temperature of their scores is one of the model's own logits."""
 
-_LEFT_TO_TABLE = "_moecal_left_to_table"
+CALIBRATION = "calibration"
+"""Column of a predictions table whose probabilities are calibrated already: by which method."""
+
+_left_to_table: ContextVar[frozenset[int]] = ContextVar("left_to_table", default=frozenset())
 
 
 @contextmanager
 def left_to_table(model: Any) -> Iterator[Calibrator | None]:
-    """Within the block a loaded model gives its own logits, for a table to which its calibrator is then applied."""
-    setattr(model, _LEFT_TO_TABLE, True)
+    """Within the block, and in this thread, a loaded model gives its own logits: its calibrator works on the table."""
+    before = _left_to_table.set(_left_to_table.get() | {id(model)})
     try:
         yield getattr(model, TABLE_CALIBRATOR, None)
     finally:
-        delattr(model, _LEFT_TO_TABLE)
+        _left_to_table.reset(before)
 
 
 def is_left_to_table(model: Any) -> bool:
     """Whether a forward now is inside [`left_to_table`]."""
-    return getattr(model, _LEFT_TO_TABLE, False)
+    return id(model) in _left_to_table.get()
 
 
 class Calibrator:
@@ -63,6 +67,9 @@ class Calibrator:
     """What the last fit had to say, one sentence each."""
 
     fitted: bool = False
+
+    zero: float | None = None
+    """What probabilities of zero were taken for in the fit, where labels had one."""
 
     scoring: str | None = None
     """How the options were scored that it was fitted on; `None` for the model's own logits (classes, tokens)."""
@@ -87,14 +94,13 @@ class Calibrator:
 
     def fit_rows(self, rows: Rows) -> Self:
         """Fits on rows that are read and checked already; what it has to say stays in `warnings`."""
-        self.warnings, self.scoring = (), scoring_of(rows.table)
+        self.warnings, self.scoring, self.zero = (), scoring_of(rows.table), rows.zero
         if misfit := self.misfit(rows):
             self._warn(misfit)
         if rows.labels_on_zero:
             self._warn(
                 f"{rows.labels_on_zero} of {len(rows)} labels have a probability of zero, as rounding makes it; "
-                "zeros are taken as half the smallest probability of the table. Fit on logits, or on unrounded "
-                "probabilities."
+                f"zeros are taken for {rows.zero:.2g}, which fits best. Fit on logits, or on exact probabilities."
             )
         self._fit(rows)
         self.fitted = True
@@ -120,15 +126,16 @@ class Calibrator:
         """
         self.require_fitted()
         self.check_scoring(scoring_of(table))
-        rows = Rows(table, labelled=False)
+        rows = Rows(table, labelled=False, zero=self.zero)
         probs = np.exp(self._log_probs(rows))
         fresh = {} if "logits" in names(table) else {"logits": rows.logits}
-        return _with_columns(table, {**fresh, **_decided(probs / probs.sum(axis=1, keepdims=True))})
+        return with_columns(table, {**fresh, **_decided(probs / probs.sum(axis=1, keepdims=True))})
 
     def save(self, path: str | Path) -> Path:
         """Writes the method and its parameters as `calibration.json` (JSON only) and returns the file's path."""
         self.require_fitted()
-        record = CalibrationRecord(method=self.method, parameters=self.parameters(), scoring=self.scoring)
+        of_scores = {"scoring": self.scoring, "zero": self.zero}
+        record = CalibrationRecord(method=self.method, parameters=self.parameters(), **of_scores)
         return write_record(path, record)
 
     @classmethod
@@ -196,7 +203,8 @@ def _decided(probs: np.ndarray) -> dict[str, np.ndarray]:
     return {"probs": probs, "prediction": probs.argmax(axis=1), "confidence": probs.max(axis=1)}
 
 
-def _with_columns(table: Table, fresh: Mapping[str, np.ndarray]) -> Table:
+def with_columns(table: Table, fresh: Mapping[str, np.ndarray]) -> Table:
+    """The table with these columns, in place of its own of the same names."""
     if isinstance(table, Mapping):
         return {**table, **fresh}
     order = list(dict.fromkeys([*table.column_names, *fresh]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _ROWS_PER_PARAMETER = 50
-_ROWS_FOR_AFFINE = 5  # per class: the ridge holds what fewer rows than parameters leave open
+_ROWS_OF_OTHERS = 10  # than the most frequent class, for a fit with a ridge
 _LARGEST_MATRIX = 64  # classes
 _LEAST_LOG = float(np.log(np.finfo(np.float32).tiny))  # a class that a row does not have must not drown the others
 _LARGEST_ODDS = 50.0
@@ -28,6 +28,8 @@ class PerClass(Calibrator):
     """Shared by the calibrators that know how many classes they were fitted on."""
 
     rows_per_class: int
+    ridged: ClassVar[bool] = False
+    """Whether a ridge holds what too few rows leave open."""
 
     def _num_classes(self) -> int:
         raise NotImplementedError
@@ -46,6 +48,14 @@ class PerClass(Calibrator):
 
     def misfit(self, rows: Rows) -> str | None:
         counts = rows.class_counts
+        if self.ridged:
+            others = int(counts.sum() - counts.max())
+            if others >= _ROWS_OF_OTHERS:
+                return None
+            return (
+                f"All but {others} labelled rows are of class {int(counts.argmax())}; {self.method} needs about "
+                f"{_ROWS_OF_OTHERS} of other classes. A single temperature needs far fewer."
+            )
         if counts.min() >= self.rows_per_class:
             return None
         return (
@@ -56,8 +66,6 @@ class PerClass(Calibrator):
 
 class _Affine(PerClass):
     """A scale and a shift per class."""
-
-    rows_per_class = _ROWS_FOR_AFFINE
 
     scale: np.ndarray
     bias: np.ndarray
@@ -89,6 +97,7 @@ class VectorCalibrator(_Affine):
     """
 
     method = "vector"
+    ridged = True
 
     def _fit(self, rows: Rows) -> None:
         scores, temperature = _tempered(rows)
@@ -114,7 +123,7 @@ class MatrixCalibrator(PerClass):
     """
 
     method = "matrix"
-    rows_per_class = _ROWS_FOR_AFFINE
+    ridged = True
 
     weight: np.ndarray
     bias: np.ndarray

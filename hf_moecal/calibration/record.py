@@ -43,6 +43,11 @@ class CalibrationRecord:
             [`~hf_moecal.readouts.mixture.Readout`]); the method's parameters are of its predictions.
         scoring: how the answer options were scored whose scores the method calibrates, one of
             [`~hf_moecal.table.SCORINGS`]; `None` where it calibrates the model's own logits.
+        zero: what probabilities that rounding had made zero were taken for in the fit.
+        weights: of what weights it is: `fingerprint` of the checkpoint's own, and of an adapter's `base` (see
+            [`~hf_moecal.model.weight_files.weights_fingerprint`]).
+        conditions: under what the predictions were made that it was fitted on: `dtype`, `attention`, `experts`,
+            `quantization`.
     """
 
     method: str
@@ -56,6 +61,9 @@ class CalibrationRecord:
     baked: dict[str, Any] | None = None
     readout: dict[str, Any] | None = None
     scoring: str | None = None
+    zero: float | None = None
+    weights: dict[str, str] | None = None
+    conditions: dict[str, str] | None = None
 
 
 def read_record(path: str | Path) -> CalibrationRecord:
@@ -104,7 +112,11 @@ def write_record(path: str | Path, record: CalibrationRecord) -> Path:
 
 def write_json(path: Path, content: dict[str, Any]) -> Path:
     """Writes strict JSON (a number that is not finite becomes null) through a temporary file beside `path`."""
-    text = json.dumps(strict(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_text(path, json.dumps(strict(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes a text through a temporary file beside `path`: a full disk or a kill leaves the old file."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -228,6 +240,10 @@ def is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool) or is_number(value) or _is_text(value)
 
 
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, value.values()))
+
+
 def _is_figures(value: Any) -> bool:
     return value is None or isinstance(value, dict) and is_plain(value)
 
@@ -240,8 +256,11 @@ _FIELDS = {
     "after": _is_figures,
     "comparison": lambda value: isinstance(value, list) and all(isinstance(v, dict) and is_plain(v) for v in value),
     "warnings": lambda value: isinstance(value, list) and all(map(_is_text, value)),
-    "versions": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
+    "versions": _is_texts,
     "baked": _is_figures,
     "readout": _is_figures,
     "scoring": lambda value: value is None or value in SCORINGS,
+    "zero": lambda value: value is None or (is_number(value) and 0 < value < 1),
+    "weights": _is_texts,
+    "conditions": _is_texts,
 }

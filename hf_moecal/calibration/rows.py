@@ -7,8 +7,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.optimize import minimize_scalar
 
-from hf_moecal.calibration.solver import TemperatureFit, fit_temperature
+from hf_moecal.calibration.solver import TemperatureFit, fit_temperature, row_losses
 from hf_moecal.metrics.rounding import check_row_sums
 from hf_moecal.table import ABSENT_LOGIT, IGNORED_LABEL, SCORINGS, columns, names
 
@@ -27,8 +28,10 @@ _LARGEST_FLOOR = 1e-3  # of a table that has only zeros and ones
 class Rows:
     """The rows of a predictions table (with `labelled` those that have a label), columns read when asked for."""
 
-    def __init__(self, table: Table, *, labelled: bool) -> None:
+    def __init__(self, table: Table, *, labelled: bool, zero: float | None = None) -> None:
         self.table = table
+        self.zero = zero
+        """What a probability of zero is taken for; found in a fit where labels have one."""
         self.start: float | None = None  # a temperature that is near the best
         self.keep: np.ndarray | slice = slice(None)
         if labelled:
@@ -50,7 +53,7 @@ class Rows:
         part = object.__new__(Rows)
         part.table = {name: self.column(name)[index] for name in names(self.table) if name not in _SCORES}
         part.keep, part.start = slice(None), self.start
-        part.labels, part.logits = self.labels[index], self.logits[index]
+        part.labels, part.logits, part.zero = self.labels[index], self.logits[index], self.zero
         part.labels_on_zero = 0  # said of the whole
         return part
 
@@ -61,7 +64,11 @@ class Rows:
     @cached_property
     def logits(self) -> np.ndarray:
         """Scores before softmax `[n, C]`: the column `logits`, else the logarithm of `probs`."""
-        return read_logits(self.table)[self.keep]
+        found = read_logits(self.table, self.zero)[self.keep]
+        if not hasattr(self, "labels") or not self.labels_on_zero:
+            return found
+        self.zero, found = _likeliest_zero(found, self.column("probs") <= 0, self.labels)
+        return found
 
     @cached_property
     def weights(self) -> np.ndarray | None:
@@ -122,11 +129,11 @@ class Rows:
             )
 
 
-def read_logits(table: Table) -> np.ndarray:
+def read_logits(table: Table, zero: float | None = None) -> np.ndarray:
     """`logits [n, C]` of a table, or `log(probs)` where it has only those.
 
-    A logit of -inf, as of a masked word, becomes that of a class which the row does not have. Probabilities that
-    rounding made zero are taken as half the smallest one of the table.
+    A logit of -inf, as of a masked word, becomes that of a class which the row does not have. A probability of zero is
+    taken for `zero`, by default for half the smallest one of the table where rounding has made it.
 
     Raises:
         ValueError: neither column is there, a value is not a finite number, or probabilities do not sum to one.
@@ -148,7 +155,7 @@ def read_logits(table: Table) -> np.ndarray:
     if (values < 0).any():
         raise ValueError("Column 'probs' has negative values; if these are scores before softmax, name it 'logits'.")
     check_row_sums(name, values.sum(axis=1, dtype=np.float64), values)
-    return np.log(np.maximum(values, _floor(values), dtype=np.float64))
+    return np.log(np.maximum(values, _floor(values) if zero is None else zero, dtype=np.float64))
 
 
 def _without_masked(logits: np.ndarray) -> np.ndarray:
@@ -168,6 +175,23 @@ def _floor(probs: np.ndarray) -> float:
         return _SMALLEST
     smallest = float(np.min(probs, where=probs > 0, initial=1.0))
     return min(smallest / 2, _LARGEST_FLOOR) if smallest > _ROUNDED else _SMALLEST
+
+
+def _likeliest_zero(logits: np.ndarray, zeros: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
+    """What zeros that labels sit on may have been before they were rounded, and the scores with that.
+
+    A temperature makes much of small probabilities, so a wrong guess decides it. How often labels sit on zeros says
+    what they were: the value is fitted with the temperature, at most half the smallest probability of the table.
+    """
+
+    def loss(log_zero: float) -> float:
+        scores = np.where(zeros, log_zero, logits)
+        return float(row_losses(scores, labels, 1 / fit_temperature(scores, labels).temperature)[0].mean())
+
+    ends = (np.log(_SMALLEST), float(logits[zeros].max()))
+    found = minimize_scalar(loss, bounds=ends, method="bounded", options={"xatol": 0.02}).x
+    best = min((found, ends[1]), key=loss)
+    return float(np.exp(best)), np.where(zeros, best, logits)
 
 
 def scoring_of(table: Table) -> str | None:

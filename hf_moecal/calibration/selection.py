@@ -13,13 +13,14 @@ import numpy as np
 from hf_moecal.calibration import (
     METHODS,
     GroupedTemperatureCalibrator,
+    IdentityCalibrator,
     RobustTemperatureCalibrator,
     ShrunkTemperatureCalibrator,
 )
 from hf_moecal.calibration.base import Calibrator, refuse_training_rows
 from hf_moecal.calibration.classwise import PerClass
+from hf_moecal.calibration.judging import LARGEST_LOSS, NLL, held_out, row_losses
 from hf_moecal.calibration.rows import Rows
-from hf_moecal.metrics.rows import reduce_batch
 from hf_moecal.table import IGNORED_LABEL, columns, names
 
 
@@ -32,12 +33,11 @@ _FIGURES = (
     *("ece", "ece_interval", "ece_debiased", "ece_noise_floor", "signed_gap", "signed_gap_interval"),
     *("accuracy", "confidence", "nll", "brier", "n"),
 )
-_NLL = 2  # among the figures of each row
-_LARGEST_LOSS = -float(np.log(np.finfo(np.float64).tiny))
 _SHRUNK = "shrunk_temperature"
-_ERRORS = 1.0  # standard errors by which a richer method must be better
+_SINGLE = ("temperature", "conservative_temperature", "robust_temperature", "filtered_robust_temperature")
+_EVIDENCE = 0.2  # above this a temperature is taken, so much drawn to 1 as the evidence is weak
+_ERRORS, _ERRORS_OF_SINGLE = 1.5, 2.0  # standard errors by which another method must be better
 _MOST_CLASSES = 256  # for the methods with parameters per class
-_ELEMENTS = 1 << 21  # probabilities in memory at once
 
 AUTO = "auto"
 """Method name that compares every calibrator that the table has the columns for."""
@@ -97,6 +97,12 @@ class CalibrationResult:
             lines.append("No calibration is best: none of these beats the model's own probabilities on held-out rows.")
         else:
             lines.append(f"Chosen: {self.calibrator.method}, held out by {self.data['held_out']}.")
+        lines += [f"Warning: {sentence}" for sentence in self.warnings]
+        if not isinstance(self.calibrator, PerClass):
+            lines.append(
+                "If data of another kind are to come, label about 100 rows of them and fit 'vector' on these: a scale "
+                "and a shift per class mend what no temperature can."
+            )
         return lines
 
 
@@ -107,16 +113,17 @@ def calibrate_table(
     folds: int = 5,
     seed: int = 0,
     training_ids: Collection[str] | None = None,
+    intervals: bool = True,
     progress: bool = False,
 ) -> CalibrationResult:
     """Fits a calibrator on a predictions table and says what it does to rows that it has not seen.
 
-    With `"auto"` a temperature drawn to 1 is taken where the rows are evidence that the model is not calibrated and it
-    saves something on held-out rows; a richer method must have a lower held-out negative log-likelihood by more than
-    the standard error of the difference. Methods that the rows do not bear are not compared, and the result says why.
-    Rows are held out by whole groups when the table has a column `group` with two values or more, so that a method is
-    judged on a group it never saw. Rows may have a weight in a column `sample_weight`: the losses that are compared
-    are weighted, the figures before and after count every row once.
+    With `"auto"` a temperature drawn to 1 is taken where the rows are evidence that the model is not calibrated; a
+    richer method must have a lower held-out negative log-likelihood by 1.5 standard errors of the difference. Methods
+    that the rows do not bear are not compared, and the result says why. Rows are held out by whole groups when the
+    table has a column `group` with two values or more, so that a method is judged on a group it never saw. Rows may
+    have a weight in a column `sample_weight`: the losses that are compared are weighted, the figures before and after
+    count every row once.
 
     Args:
         table: predictions with `logits` or `probs`, and `label`.
@@ -124,6 +131,7 @@ def calibrate_table(
         folds: number of cross-validation folds (at most one per group).
         seed: of the folds.
         training_ids: ids that the model was trained on; see [`~hf_moecal.calibration.Calibrator.fit`].
+        intervals: whether the figures before and after have intervals.
         progress: whether to show a progress bar where it takes more than a second.
 
     Raises:
@@ -153,12 +161,12 @@ def calibrate_table(
     groups = None if method != AUTO and "group" in reads else _groups(rows.table)
     assignment = _folds(len(rows), groups, folds, seed)
     skipped = _misfits(builders, rows) if method == AUTO else {}
-    judged = _held_out(builders, rows, assignment, skipped, strict=method != AUTO, progress=progress)
-    losses = {name: np.minimum(figures[_NLL], _LARGEST_LOSS) for name, figures in judged.items()}
+    judged = held_out(builders, rows, assignment, skipped, strict=method != AUTO, progress=progress)
+    losses = {name: np.minimum(figures[NLL], LARGEST_LOSS) for name, figures in judged.items()}
     weights = np.ones(len(rows)) if rows.weights is None else rows.weights
     compare = partial(_difference, groups=groups, weights=weights)
     if method == AUTO:
-        chosen, calibrator = _best_fit(builders, rows, losses, compare, skipped)
+        chosen, calibrator = _best_fit(builders, rows, losses, compare, skipped, by_groups=groups is not None)
     else:
         chosen = list(builders)[-1]
         calibrator = builders[chosen]().fit_rows(rows)
@@ -166,8 +174,8 @@ def calibrate_table(
     return CalibrationResult(
         calibrator=calibrator,
         comparison=comparison,
-        before=_report(judged["none"], rows.table, seed),
-        after=_report(judged[chosen], rows.table, seed),
+        before=_report(judged["none"], rows.table, intervals),
+        after=_report(judged[chosen], rows.table, intervals),
         data={
             "n": len(rows),
             "folds": int(assignment.max()) + 1,
@@ -233,59 +241,22 @@ def _misfits(builders: Mapping[str, Callable[[], Calibrator]], rows: Rows) -> di
     return found
 
 
-def _held_out(
-    builders: Mapping[str, Callable[[], Calibrator]],
-    rows: Rows,
-    assignment: np.ndarray,
-    skipped: dict[str, str],
-    *,
-    strict: bool,
-    progress: bool,
-) -> dict[str, np.ndarray]:
-    """Figures of each row, `[4, n]`, by each method fitted on the other folds; what fails is noted in `skipped`."""
-    from tqdm.auto import tqdm
-
-    judged = {name: np.empty((4, len(rows))) for name in builders if name not in skipped}
-    folds = int(assignment.max()) + 1
-    with tqdm(total=folds * len(judged), desc="calibrate", unit="fit", disable=not progress, delay=1) as bar:
-        for fold in range(folds):
-            inside = assignment == fold
-            fitting, held_out = rows.part(~inside), rows.part(inside)
-            for name in list(judged):
-                try:
-                    judged[name][:, inside] = _judged(builders[name]().fit_rows(fitting), held_out)
-                except ValueError as error:
-                    if strict:
-                        raise
-                    skipped[name] = str(error).split(". ")[0].split("; ")[0]
-                    del judged[name]
-                bar.update()
-    return judged
-
-
-def _judged(calibrator: Calibrator, rows: Rows) -> np.ndarray:
-    """Confidence, whether the prediction is right, loss and Brier score of each row, `[4, n]`, in pieces."""
-    result = np.empty((4, len(rows)))
-    step = max(1, _ELEMENTS // rows.logits.shape[1])
-    for start in range(0, len(rows), step):
-        part = rows.part(slice(start, start + step))
-        probs = np.exp(calibrator.log_probs(part))
-        found, _ = reduce_batch(part.labels, probs=probs / probs.sum(axis=1, keepdims=True))
-        result[:, start : start + step] = found.confidence, found.event, found.nll, found.brier
-    return result
-
-
 def _best_fit(
     builders: Mapping[str, Callable[[], Calibrator]],
     rows: Rows,
     losses: Mapping[str, np.ndarray],
     compare: Callable[[np.ndarray], tuple[float, float]],
     skipped: dict[str, str],
+    *,
+    by_groups: bool,
 ) -> tuple[str, Calibrator]:
     """The method to take, fitted on all rows; one that then answers the same to everything is taken out."""
     left = dict(losses)
+    shrunk = ShrunkTemperatureCalibrator().fit_rows(rows)
+    saved = float(compare(row_losses(IdentityCalibrator().fit_rows(rows), rows) - row_losses(shrunk, rows))[0])
+    known = {"evidence": shrunk.evidence, "saved": saved, "by_groups": by_groups}
     while True:
-        chosen = _simplest_good(left, compare, ShrunkTemperatureCalibrator().fit_rows(rows).evidence)
+        chosen = _simplest_good(left, compare, **known)
         calibrator = builders[chosen]().fit_rows(rows)
         if not _says_nothing(calibrator, rows):
             return chosen, calibrator
@@ -301,21 +272,29 @@ def _says_nothing(calibrator: Calibrator, rows: Rows) -> bool:
 
 
 def _simplest_good(
-    losses: Mapping[str, np.ndarray], compare: Callable[[np.ndarray], tuple[float, float]], evidence: float
+    losses: Mapping[str, np.ndarray],
+    compare: Callable[[np.ndarray], tuple[float, float]],
+    *,
+    evidence: float,
+    saved: float,
+    by_groups: bool,
 ) -> str:
-    """A temperature where the rows speak for one and it does no harm held out; a richer method where it is better.
+    """A temperature where the rows speak for one, then a richer method where held-out rows clearly do.
 
-    The evidence for a temperature is a likelihood's, which is far sharper than a difference of held-out losses: with a
-    hundred rows their error hides what a temperature of 2 saves.
+    The evidence for a temperature is a likelihood's, far sharper than a difference of held-out losses: with a hundred
+    rows the error of that hides what a temperature of 2 saves. Where groups are held out it must also save more on the
+    groups that are there than it loses on one that it never saw. The other single temperatures differ from it in
+    what they do to data of another kind, so only held-out groups can speak for them.
     """
     chosen = "none"
-    if evidence > 0.5 and _SHRUNK in losses and compare(losses["none"] - losses[_SHRUNK])[0] > 0:
-        chosen = _SHRUNK
+    if _SHRUNK in losses and evidence > _EVIDENCE:
+        unseen = compare(losses["none"] - losses[_SHRUNK])[0] if by_groups else 0.0
+        chosen = _SHRUNK if saved + unseen > 0 else chosen
     for name in losses:
-        if name in ("none", _SHRUNK):
+        if name in ("none", _SHRUNK) or (name in _SINGLE and not by_groups):
             continue
         gain, error = compare(losses[chosen] - losses[name])
-        if gain > _ERRORS * error:
+        if gain > (_ERRORS_OF_SINGLE if name in _SINGLE else _ERRORS) * error:
             chosen = name
     return chosen
 
@@ -348,13 +327,14 @@ def _comparison(
     return entries
 
 
-def _report(judged: np.ndarray, table: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:
+def _report(judged: np.ndarray, table: Mapping[str, np.ndarray], intervals: bool) -> dict[str, Any]:
     from hf_moecal.metrics import calibration_report
 
     confidence, correct, nll, brier = judged
     figures = {"confidence": confidence, "correct": correct.astype(bool), "nll": nll, "brier": brier}
-    report = calibration_report(**figures, groups=table.get("group"), seed=seed, ranked=False)
-    result = {name: report[name] for name in _FIGURES}
+    groups = table.get("group")
+    report = calibration_report(**figures, groups=groups, ranked=False, intervals=intervals)
+    result = {name: report[name] for name in _FIGURES if name in report}
     if "groups" in report:
-        result["groups"] = {key: {name: group[name] for name in _FIGURES} for key, group in report["groups"].items()}
+        result["groups"] = {key: {name: group[name] for name in result} for key, group in report["groups"].items()}
     return result

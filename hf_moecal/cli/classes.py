@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..model.labels import class_numbers
 from ..model.loading import own_labels
 from ..table import IGNORED_LABEL
-from ..tasks.labels import class_numbers
 from .recipe import Recipe, expand
 from .sets import with_classes
 

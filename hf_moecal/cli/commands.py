@@ -15,12 +15,12 @@ from typing import NoReturn
 from .. import __version__
 from .command import Command, Options, Outcome, nearest
 from .interrupted import is_no_room
-from .log_commands import LOG_COMMANDS
 from .model_commands import MODEL_COMMANDS
 from .table_commands import TABLE_COMMANDS
+from .watch import MONITOR
 
 
-COMMANDS = (*TABLE_COMMANDS, *MODEL_COMMANDS, *LOG_COMMANDS)
+COMMANDS = (*TABLE_COMMANDS, *MODEL_COMMANDS, MONITOR)
 _INTERRUPTED = 130  # 128 and the number of the signal, as shells have it
 
 

@@ -214,23 +214,28 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder of the checkpoint")
     parser.add_argument("--repo-id", required=True, help="ORG/NAME")
     parser.add_argument("--table", help="predictions table whose figures go into the card, per group")
+    parser.add_argument("--license", help="the model's license, as the Hub names them (default: the base model's)")
     parser.add_argument("--private", action="store_true", default=None)
     parser.add_argument("--revision", help="branch")
     parser.add_argument("--renormalize", action="store_true", help="divide each row of rounded probs by its sum")
 
 
 def _push(options: Options) -> Outcome:
-    from ..hub import push
+    from ..hub import before_and_after, push
     from ..metrics import table_report
 
-    evaluation = None
+    evaluation = calibrated = None
     if options.table is not None:
         table = grouped_by(read_given(options.table, renormalize=options.renormalize), "group")
-        evaluation = table_report(table)["groups"]
+        raw, applied = before_and_after(options.model, table)
+        evaluation = table_report(raw)["groups"]
+        calibrated = None if applied is None else table_report(applied)["groups"]
     url = push(
         options.model,
         repo_id=options.repo_id,
         evaluation=evaluation,
+        calibrated=calibrated,
+        license=options.license,
         private=options.private,
         revision=options.revision,
     )

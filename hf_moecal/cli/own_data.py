@@ -80,8 +80,8 @@ def _check_options(options: Options, task: str) -> None:
 
 
 def _mapping(options: Options) -> dict[str, int]:
+    from ..model.labels import read_mapping
     from ..model.loading import own_labels
-    from ..tasks.labels import read_mapping
 
     return read_mapping(options.labels, own_labels(options.model) or {})
 

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 
 from ..hub import attach_calibrator, find_record, load_calibration
+from ..model.labels import class_numbers
 from ..model.loading import label_names, load_classifier, load_language_model, own_labels
 from ..model.prefix_cache import PrefixCache
 from ..predictions import predict
 from ..predictions.classifier import cut_short
 from ..predictions.supervised import collate_supervised, encode_supervised
-from ..readouts.attached import ATTACHED, CALIBRATED_READOUT
+from ..readouts.committee import ATTACHED, CALIBRATED_READOUT
 from ..readouts.mixture import Readout
 from ..readouts.recorded import load_committee, recorded_readout
 from ..tasks.choice import ChoiceCollator
-from ..tasks.labels import class_numbers
 from ..training.arguments import MoECalArguments
 from ..training.methods import chosen
 from ..training.trainer import MoECalTrainer
@@ -145,7 +145,7 @@ def predict_recipe(
     batch_size: int = 32,
     hard_top_k: int | None = None,
     readout: str | None = None,
-    readout_experts: int | None = None,
+    readout_experts: int | str | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     raw: bool = False,
@@ -162,7 +162,7 @@ def predict_recipe(
         hard_top_k (`int`, *optional*): predict under [`~hf_moecal.hard_routing`] with this many experts per token.
         readout (`str`, *optional*): what predicts, see [`~hf_moecal.readouts.mixture.Readout`]; if unset what the
             checkpoint's `calibration.json` names, else the recipe's.
-        readout_experts (`int`, *optional*): with `readout="soft_mixture"`, mix only so many.
+        readout_experts (`int` or `"auto"`, *optional*): with `readout="soft_mixture"`, mix only so many.
         output, resume: as in [`predict`].
         raw (`bool`): leave the calibration out that the checkpoint carries.
 

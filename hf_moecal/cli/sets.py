@@ -9,7 +9,7 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from ..files import FILE_KINDS, read_rows
-from ..tasks.labels import class_numbers
+from ..model.labels import class_numbers
 from .recipe import COLUMN_KEYS, Recipe, check_keys, expand
 
 
@@ -127,7 +127,7 @@ def _answers(name: str, dataset: Dataset, own: Mapping[str, Any], options: Seque
         wrong = next(row for row, found in enumerate(zip(*readings, strict=True)) if found.count(None) == len(found)
                      or row == len(labels) - 1)  # fmt: skip
         raise ValueError(
-            f"{where}: the label of a choice is an index into its options (0 for the first), the option's text, or its "
+            f"{where}: a choice's label is an index into its options (0 for the first), the option's text, or its "
             f"letter (A for the first), the same in all rows; found {labels[wrong]!r} in row {wrong} for "
             f"{list(options[wrong])[:6]!r}."
         )

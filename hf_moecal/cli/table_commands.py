@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .command import Command, Options, Outcome, named_files
 from .interrupted import kept_by_predicting
 from .own_data import add_data_options, given_data_options, own_recipe, set_name
-from .tables import grouped_by, judged_by, read_given, without_calibration
+from .tables import add_samples, given, grouped_by, judged_by, read_given, without_calibration
 from .verdict import verdict
 
 
@@ -127,11 +127,12 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     _add_running(parser)
     parser.add_argument("--hard-routing", type=int, metavar="K", help="keep only the K strongest experts per token")
     parser.add_argument("--readout", help="native, mixture or soft_mixture (default: the checkpoint's or recipe's)")
-    parser.add_argument("--readout-experts", type=int, metavar="K", help="experts of a soft mixture (default: all)")
+    parser.add_argument("--readout-experts", metavar="K", help="experts of a soft mixture, or auto (default: all)")
     add_data_options(parser)
 
 
 def _predict(options: Options) -> Outcome:
+    from ..readouts.mixture import parse_experts
     from .runs import predict_recipe
 
     recipe = _recipe(options)
@@ -142,7 +143,7 @@ def _predict(options: Options) -> Outcome:
         batch_size=options.batch_size,
         hard_top_k=options.hard_routing,
         readout=options.readout,
-        readout_experts=options.readout_experts,
+        readout_experts=parse_experts(options.readout_experts),
         output=options.output,
         resume=options.resume,
         raw=options.raw,
@@ -186,7 +187,7 @@ def _add_renormalize(parser: argparse.ArgumentParser) -> None:
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", nargs="?", help="predictions table: .parquet, .jsonl, .csv or .tsv")
-    parser.add_argument("--lm-eval-samples", metavar="FILE", help="a --log_samples file of lm-evaluation-harness")
+    add_samples(parser)
     parser.add_argument("--group", default="group", help="column that names the group (default: group)")
     parser.add_argument("--confidence", metavar="COLUMN", help="judge this confidence, with --correct")
     parser.add_argument("--correct", metavar="COLUMN", help="column that says whether, or how far, a row is right")
@@ -198,15 +199,7 @@ def _evaluate(options: Options) -> Outcome:
     from ..metrics import table_report
     from ..report import collect, format_table
 
-    if (options.table is None) == (options.lm_eval_samples is None):
-        raise ValueError("give either a predictions table or --lm-eval-samples FILE.")
-    if options.lm_eval_samples is not None:
-        from ..predictions.lm_eval import read_lm_eval_samples
-
-        table = read_lm_eval_samples(options.lm_eval_samples)
-    else:
-        table = read_given(options.table, renormalize=options.renormalize)
-    table = judged_by(grouped_by(table, options.group), options.confidence, options.correct)
+    table = judged_by(grouped_by(given(options), options.group), options.confidence, options.correct)
     if options.json:
         return Outcome(table_report(table, bins=options.bins))
     note = []
@@ -216,7 +209,8 @@ def _evaluate(options: Options) -> Outcome:
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("table", help="predictions on labelled data that the model was not trained on")
+    parser.add_argument("table", nargs="?", help="predictions on labelled data that the model was not trained on")
+    add_samples(parser)
     parser.add_argument("--model", required=True, help="folder of the checkpoint")
     parser.add_argument("--method", default="auto", help="auto (cross-validated choice) or a method's name")
     parser.add_argument("--data-name", help="name of the data, for the record")
@@ -226,9 +220,9 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 def _calibrate(options: Options) -> Outcome:
     from ..hub import calibrate
 
-    data = {"name": options.data_name or Path(options.table).name}
-    table = read_given(options.table, renormalize=options.renormalize)
-    result = calibrate(options.model, table, method=options.method, data=data)
+    table = given(options)
+    data = {"name": options.data_name or Path(options.table or options.lm_eval_samples).name}
+    result = calibrate(options.model, table, method=options.method, data=data, progress=True)
     file = str(Path(options.model) / "calibration.json")
     held_out = [f"Held out, ECE {result.before['ece']:.3f} becomes {result.after['ece']:.3f}. Written: {file}"]
     found: dict[str, Any] = {"method": result.calibrator.method, "comparison": result.comparison, "data": result.data}

@@ -1,7 +1,8 @@
-"""Predictions tables as the options of a command name them."""
+"""The tables that a command is given: read from files or samples, with the columns that its options name."""
 
 from __future__ import annotations
 
+import argparse
 from typing import TYPE_CHECKING
 
 
@@ -15,6 +16,28 @@ def read_given(path: str, *, renormalize: bool) -> Dataset:
     from ..table import read_table
 
     return renormalized_table(read_table(path)) if renormalize else read_table(path)
+
+
+def add_samples(command: argparse.ArgumentParser) -> None:
+    """Options that name samples of lm-evaluation-harness instead of a table."""
+    samples = "a --log_samples file of lm-evaluation-harness, or a folder of them, instead of a table"
+    runs = "how the date of a run begins (default: each task's newest)"
+    command.add_argument("--lm-eval-samples", metavar="PATH", help=samples)
+    command.add_argument("--run", dest="date", metavar="DATE", help=runs)
+    command.add_argument("--filter", metavar="NAME", help="one of the harness's filters, if there are several")
+
+
+def given(options: argparse.Namespace) -> Dataset:
+    """The predictions table, or the samples of lm-evaluation-harness as one."""
+    from ..predictions.lm_eval import NEWEST, read_lm_eval_samples
+
+    if (options.table is None) == (options.lm_eval_samples is None):
+        raise ValueError("give either a predictions table or --lm-eval-samples PATH.")
+    if options.lm_eval_samples is not None:
+        return read_lm_eval_samples(options.lm_eval_samples, run=options.date or NEWEST, filter=options.filter)
+    if options.date is not None or options.filter is not None:
+        raise ValueError("--run and --filter choose among --lm-eval-samples; a table has neither.")
+    return read_given(options.table, renormalize=options.renormalize)
 
 
 def grouped_by(table: Dataset, column: str) -> Dataset:

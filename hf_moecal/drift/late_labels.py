@@ -123,7 +123,7 @@ class _Test:
 
     def _vectors(self, rows: Rows) -> dict[str, np.ndarray]:
         residual, place = rows["confidence"] - rows["correct"], bin_index(rows["confidence"], self.edges)
-        binned = np.zeros((len(residual), len(self.edges) - 1))
+        binned = np.zeros((len(residual), DEFAULT_BINS))
         binned[np.arange(len(residual)), place] = residual
         return {"accuracy": np.asarray(rows["correct"], np.float64)[:, None], "calibration": binned}
 

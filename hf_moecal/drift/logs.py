@@ -116,8 +116,8 @@ def key_texts(name: str, values: np.ndarray) -> np.ndarray:
         return values.astype(str).astype(object)
     if not (np.isfinite(values) & (np.abs(values) < 2**53) & (values == np.floor(values))).all():
         raise ValueError(
-            f"Column {name!r} holds numbers that were read as floats, and two keys may have become one; store its keys "
-            "as text or as 64-bit integers without gaps."
+            f"Column {name!r} holds numbers that were read as floats, and two keys may have become one; store its "
+            "keys as text or as 64-bit integers without gaps."
         )
     return values.astype(np.int64).astype(str).astype(object)
 
@@ -162,7 +162,7 @@ def row_features(rows: Mapping[str, np.ndarray], schema: Schema) -> dict[str, np
     for name, values in schema.categories.items():
         features[name] = _shares(rows[name][:, None], len(values) + OTHERS)
     if schema.experts:
-        ids = rows["expert_ids"].reshape(n, -1, schema.experts[-1])
+        ids = rows["expert_ids"].reshape(n, int(np.prod(schema.experts[:-1])), schema.experts[-1])
         for layer in range(ids.shape[1]):
             name = "expert_load" if len(schema.experts) == 1 else f"expert_load[{layer}]"
             features[name] = _shares(ids[:, layer], schema.num_experts)

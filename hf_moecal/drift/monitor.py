@@ -17,7 +17,8 @@ from .log_checks import Piece
 from .log_reader import STDIN, read_log
 from .logs import read_reference
 from .monitor_files import MonitorFiles
-from .windows import Window, WindowStream, reference_outcome, window_seconds
+from .window import Window, window_seconds
+from .windows import WindowStream, reference_outcome
 
 
 logger = logging.getLogger(__name__)
@@ -89,9 +90,9 @@ def monitor(
             `time` of the log (ISO 8601, or seconds since 1970); `None` makes the whole log one window.
         features: further columns to watch, numbers or categories, besides `confidence`, `routing_entropy`,
             `routing_margin`, `disagreement`, `prediction` and `expert_ids`.
-        sequence: column that names the sequence of a row (its request, conversation or user), where the log has several
-            rows of one, wherever they fall: each is one observation. Without it the correlation of rows that follow
-            each other is estimated, from the reference (if its rows are in the order of their log) and from the
+        sequence: column that names the sequence of a row (its request, conversation or user), where the log has
+            several rows of one, wherever they fall: each is one observation. Without it the correlation of rows that
+            follow each other is estimated, from the reference (if its rows are in the order of their log) and from the
             windows of the log so far (from the ninth on).
         sequence_span: rows of the log within which a sequence gathers its rows, counted from its first; it is tested
             then, and later rows of it are a new one. At least as many as lie between the ends of most sequences.
@@ -100,8 +101,8 @@ def monitor(
         correction: `"holm"` or `"benjamini-hochberg"`.
         minimum_effect: least difference in probability, in [0, 1], that counts as drift.
         labels: table, or its path, with `id` and `label`, for the true calibration of the rows that they join.
-        output_dir: folder for `windows.jsonl`, `rejected.jsonl` (bad rows with the reason) and `metrics.prom`; lines of
-            earlier calls stay.
+        output_dir: folder for `windows.jsonl`, `rejected.jsonl` (bad rows with the reason) and `metrics.prom`; lines
+            of earlier calls stay.
         state: file that keeps what was read and the open window, so that a later call goes on from there. Without it
             what is left at the end of the log is tested as a shorter window.
         follow: seconds between looks at a growing file or folder; runs until interrupted. `None` reads once.
@@ -129,8 +130,10 @@ def monitor(
     """
     timed = window_seconds(window) is not None
     if window is None and (state is not None or follow is not None):
-        raise ValueError("A log that is followed, or read on from a state, has no end, so one window of all of it would "
-                         "never be tested; give `window`: a number of sequences, or a time as in '1h'.")  # fmt: skip
+        raise ValueError(
+            "A log that is followed, or read on from a state, has no end, so one window of all of it would never be "
+            "tested; give `window`: a number of sequences, or a time as in '1h'."
+        )
     if sequence_span < 1:
         raise ValueError(f"sequence_span is a number of rows, at least 1, got {sequence_span}.")
     if labels is not None and str(current) == STDIN:
@@ -189,8 +192,8 @@ class _Watch:
             )
         if not self.result.correlation:
             logger.info(
-                "rows that follow each other in the reference are not correlated; if it is not in the order of its log, "
-                "the first 8 windows of a correlated log may alarm without drift: name its `sequence` column"
+                "rows that follow each other in the reference are not correlated; if it is not in the order of its "
+                "log, the first 8 windows of a correlated log may alarm without drift: name its `sequence` column"
             )
 
     def resume(self, settings: dict[str, Any]) -> None:

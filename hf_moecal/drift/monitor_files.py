@@ -66,8 +66,8 @@ class MonitorFiles:
             ) from error
         if plain["fingerprint"] != self.fingerprint:
             raise ValueError(
-                f"The monitor state {self.state.name!r} was made with another reference, other settings or another "
-                "version; use those, or another state file."
+                f"The monitor state {self.state.name!r} was made with another reference or other settings, or by "
+                "another version; use those, or another state file."
             )
         self._cut(plain["lengths"])
         return plain["saved"], arrays

@@ -1,9 +1,9 @@
 """Finds the files of a log again after they were rotated, as `tail -F` does.
 
 A file is known by what was read of it: the bytes just before the place where the reading stopped. If the file of that
-name holds other bytes there (it was renamed and begun anew, or copied and truncated, whatever its length now), its rest
-is looked for in the files beside it whose name begins alike (`log.jsonl.1`, `log-20250101.jsonl`), and the new file is
-read from its beginning.
+name holds other bytes there (it was renamed and begun anew, or copied and truncated, whatever its length now), the
+rest of what was read is looked for in the files beside it whose name begins alike (`log.jsonl.1`,
+`log-20250101.jsonl`), and the new file is read from its beginning.
 """
 
 from __future__ import annotations

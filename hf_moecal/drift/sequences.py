@@ -1,10 +1,10 @@
 """Gathers the rows of each sequence wherever they fall in a log: one sequence is one observation.
 
 Servers interleave their requests, and users come back. A sequence gathers the rows that come within `span` rows of its
-first one, and is then closed; a later row of the same id begins a new one. So sequences close in the order in which they
-began, each a fixed number of rows after its beginning, and never more than `span` of them are open: memory is bounded,
-and a window is the same however the log is cut into pieces. Ids that come again within a window are counted, so that
-the window is worth fewer observations ([`clustering`]).
+first one, and is then closed; a later row of the same id begins a new one. So sequences close in the order in which
+they began, each a fixed number of rows after its beginning, and never more than `span` of them are open: memory is
+bounded, and a window is the same however the log is cut into pieces. Ids that come again within a window are counted,
+so that the window is worth fewer observations ([`clustering`]).
 """
 
 from __future__ import annotations

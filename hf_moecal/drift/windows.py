@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 
 from ..table import IGNORED_LABEL
 from .count_test import compare_counts
@@ -20,6 +18,7 @@ from .label_free import LabelFreeEstimate
 from .logs import Schema, row_features
 from .sequences import Gatherer, Sequences, clustering
 from .statistics import DriftDetector
+from .window import Window, iso, window_seconds
 
 
 logger = logging.getLogger(__name__)
@@ -28,86 +27,6 @@ logger = logging.getLogger(__name__)
 MAX_REJECTED = 0.05
 # Ids by which repeated sequences of one window are known; those beyond are taken for distinct.
 MAX_KEYS = 1_000_000
-_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
-
-
-def window_seconds(window: int | str | None) -> int | None:
-    """Seconds of a window by time (`"15min"`), or `None` for one of a number of sequences.
-
-    Raises:
-        ValueError: the window is neither.
-
-    Example:
-
-    ```python
-    >>> from hf_moecal.drift.windows import window_seconds
-    >>> window_seconds("15min"), window_seconds(1000)
-    (900, None)
-
-    ```
-    """
-    if window is None or isinstance(window, int):
-        if window is not None and window < 1:
-            raise ValueError(f"window is a number of sequences, at least 1, got {window}.")
-        return None
-    found = re.fullmatch(r"([1-9]\d*)(s|min|h|d)", window)
-    if not found:
-        raise ValueError(f"window is a number of sequences, or a time as in 30s, 15min, 1h or 1d; got {window!r}.")
-    return int(found[1]) * _SECONDS[found[2]]
-
-
-@dataclass(frozen=True)
-class Window:
-    """One tested window.
-
-    Args:
-        index: its number, from 0.
-        sequences: observations in it.
-        rows: rows in it (more than `sequences` where a sequence has several).
-        rejected: rows that were set aside meanwhile.
-        complete: `False` for what was left over at the end of a log.
-        first_id: `id` of the row with which its first sequence began (the sequence's own where rows have none).
-        last_id: the same of its last sequence.
-        first_time: when the first of its sequences began (ISO 8601, UTC); `None` where the log has no time.
-        last_time: when the last of them began.
-        features: [`~hf_moecal.drift.feature.FeatureDrift`] per test, drifted and largest first.
-        estimate: label-free accuracy and calibration (see [`~hf_moecal.drift.label_free`]); `None` without a labelled
-            reference.
-    """
-
-    index: int
-    sequences: int
-    rows: int
-    rejected: int
-    complete: bool
-    first_id: str | None
-    last_id: str | None
-    first_time: str | None
-    last_time: str | None
-    features: list[FeatureDrift]
-    estimate: dict[str, float] | None
-
-    @property
-    def drift(self) -> bool:
-        return any(feature.drift for feature in self.features)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {**plain, "drift": self.drift, "features": [feature.to_dict() for feature in self.features]}
-
-    def __str__(self) -> str:
-        moved = [str(feature) for feature in self.features if feature.drift]
-        when = f" from {self.first_time}" if self.first_time else ""
-        line = f"window {self.index}{when}: {self.sequences:,} sequences, " + (
-            f"DRIFT in {', '.join(moved)}" if moved else "no drift"
-        )
-        if self.estimate:
-            e = self.estimate
-            line += (
-                f"; estimated accuracy {e['accuracy']:.3f} ± {1.96 * e['accuracy_se']:.3f}, gap {e['signed_gap']:+.3f}"
-            )
-        return line
 
 
 class WindowStream:
@@ -255,14 +174,18 @@ class WindowStream:
         if counts["sequences"]:
             repeated = clustering(self.keys)
             if repeated > max(1.5, 1.5 * self.clustering):
-                logger.warning("window %d: ids come again after their sequence was closed; it is tested as %d "
-                               "observations. Raise sequence_span.", self.index, counts["sequences"] / repeated)  # fmt: skip
+                logger.warning(
+                    "window %d: ids come again after their sequence was closed, so it is worth %d observations; "
+                    "raise sequence_span",
+                    self.index,
+                    counts["sequences"] / repeated,
+                )
             features = self.detector.close(clustering=repeated)
         features.append(self._rejected())
         features.sort(key=lambda feature: not feature.drift)
         estimate = self.estimate.result() if self.estimate and counts["sequences"] else None
         named = {name: place[name] or None for name in ("first_id", "last_id")}
-        times = {name: _iso(place[name]) for name in ("first_time", "last_time")}
+        times = {name: iso(place[name]) for name in ("first_time", "last_time")}
         window = Window(
             self.index, **counts, complete=complete, **named, **times, features=features, estimate=estimate
         )
@@ -277,8 +200,20 @@ class WindowStream:
         p = float(compare_counts(np.array([float(lost)]), np.zeros(1), rows, self.reference_rows)[0]) if lost else 1.0
         share = lost / rows if rows else 0.0
         drift = share >= MAX_REJECTED and p <= self.detector.alpha
-        return FeatureDrift("rejected", "share", share, float(lost > 0), None, None, p, rows, category="rows set aside",
-                            reference_share=0.0, p_adjusted=p, drift=drift)  # fmt: skip
+        return FeatureDrift(
+            "rejected",
+            "share",
+            statistic=share,
+            effect=float(lost > 0),
+            shift=None,
+            psi=None,
+            p_value=p,
+            effective_n=rows,
+            category="rows set aside",
+            reference_share=0.0,
+            p_adjusted=p,
+            drift=drift,
+        )
 
     def fingerprint(self, settings: Mapping[str, Any]) -> str:
         """Hash of the reference and the settings."""
@@ -312,18 +247,12 @@ class WindowStream:
 
 
 def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    from scipy import sparse
-
     return {
         name: sparse.csr_array(sparse.vstack([part[name] for part in parts], format="csr"))
         if sparse.issparse(values)
         else np.concatenate([part[name] for part in parts])
         for name, values in parts[0].items()
     }
-
-
-def _iso(seconds: float | None) -> str | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc).isoformat()
 
 
 def reference_outcome(schema: Schema, reference: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..calibration import CalibrationRecord, Calibrator, from_record, read_record, write_record
-from ..calibration.base import TABLE_CALIBRATOR, TOKEN_SCORING, is_left_to_table
+from ..calibration.base import CALIBRATION, TABLE_CALIBRATOR, TOKEN_SCORING, is_left_to_table, with_columns
 from ..calibration.record import FILE_NAME, MAX_BYTES
 from ..calibration.rows import Rows, scoring_of
 from ..calibration.selection import AUTO, CalibrationResult, calibrate_table
 from ..calibration.temperature import IdentityCalibrator, TemperatureCalibrator
-from ..model.loading import HUB_ARGUMENTS, language_vocabulary, load_model
-from ..readouts.attached import ATTACHED
+from ..model.conditions import CONDITIONS, conditions_of, differences, from_text
+from ..model.labels import class_numbers
+from ..model.loading import HUB_ARGUMENTS, language_vocabulary, load_model, own_labels
+from ..readouts.committee import ATTACHED
 from ..readouts.mixture import Readout
-from ..readouts.recorded import attach_readout, load_committee, recorded_readout, with_calibration
+from ..readouts.recorded import (
+    attach_readout,
+    check_fresh,
+    load_committee,
+    recorded_readout,
+    weights_record,
+    with_calibration,
+)
 from ..table import SCORINGS, columns, names
 from .checkpoint_files import load_training_ids
 from .publish import PublishError, push
+from .saving import keep_on_save
 
 
 __all__ = [
     "PublishError",
     "attach_calibrator",
+    "before_and_after",
     "calibrate",
     "find_record",
     "from_pretrained",
@@ -53,8 +68,12 @@ def write_calibration(
     comparison: Sequence[Mapping[str, Any]] = (),
     warnings: Sequence[str] | None = None,
     readout: Readout | None = None,
+    conditions: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes `calibration.json` beside the weights in `model_dir`; the weights stay as they are.
+
+    The file says of which weights it is, by a fingerprint of the folder's: whoever changes these afterwards has to
+    calibrate anew, since [`from_pretrained`] and [`push`] refuse the two together.
 
     Args:
         model_dir: folder of the checkpoint.
@@ -64,6 +83,8 @@ def write_calibration(
         comparison: the methods that were compared, as `calibrate_table` gives them.
         warnings: what a user should know. Default: what the calibrator said when it was fitted.
         readout: whose predictions the calibrator was fitted on. Default: the one that the folder says.
+        conditions: under what they were made (see [`~hf_moecal.model.conditions.conditions_of`]); a model that is
+            loaded under others says so. Default: unknown.
 
     Returns:
         The path of the file.
@@ -92,6 +113,9 @@ def write_calibration(
         versions=_versions(),
         readout=(recorded_readout(model_dir) if readout is None else readout).record(),
         scoring=calibrator.scoring,
+        zero=calibrator.zero,
+        weights=weights_record(model_dir),
+        conditions=None if conditions is None else dict(conditions),
     )
     return write_record(model_dir, record)
 
@@ -104,25 +128,31 @@ def calibrate(
     data: Mapping[str, Any] | None = None,
     folds: int = 5,
     seed: int = 0,
+    progress: bool = False,
 ) -> CalibrationResult:
     """Fits a calibration on a checkpoint's predictions, writes it beside the weights, and says what it does.
 
     Args:
         model_dir: folder of the checkpoint whose predictions these are.
-        table: predictions on labelled data that the model was not trained on.
-        method, folds, seed: see [`~hf_moecal.calibration.selection.calibrate_table`].
+        table: predictions on labelled data that the model was not trained on. Labels may be the texts that the
+            checkpoint's config has for its classes (`id2label`).
+        method, folds, seed, progress: see [`~hf_moecal.calibration.selection.calibrate_table`].
         data: `name` and `revision` of the data, for the record and the model card.
 
     Returns:
         What was compared and chosen, with figures on held-out rows before and after.
 
     Raises:
-        ValueError: the table cannot be used, holds rows that the checkpoint's record names as training data, is of
-            a committee that the checkpoint is not, or does not say what a language model's scores are of.
+        ValueError: the table cannot be used, holds rows that the checkpoint's record names as training data, mixes
+            predictions of different kinds, is of a committee that the checkpoint is not, or does not say what a
+            language model's scores are of.
     """
-    readout = _readout_of(table, model_dir)
+    _refuse_calibrated(table)
+    readout, conditions = _readout_of(table, model_dir), _only(table, CONDITIONS)
+    table = _numbered(table, Path(model_dir))
     _check_scores(table, Path(model_dir))
-    result = calibrate_table(table, method=method, folds=folds, seed=seed, training_ids=load_training_ids(model_dir))
+    settings = {"method": method, "folds": folds, "seed": seed, "progress": progress}
+    result = calibrate_table(table, training_ids=load_training_ids(model_dir), **settings)
     write_calibration(
         model_dir,
         result.calibrator,
@@ -132,22 +162,49 @@ def calibrate(
         comparison=result.comparison,
         warnings=result.warnings,
         readout=readout,
+        conditions=None if conditions is None else from_text(conditions),
     )
     return result
 
 
+def _refuse_calibrated(table: Table) -> None:
+    """Raises for calibrated probabilities without the model's own logits beside them."""
+    if CALIBRATION in names(table) and "logits" not in names(table):
+        raise ValueError(
+            f"The table's probabilities are calibrated already (by {_only(table, CALIBRATION)!r}): the model was "
+            "loaded with its calibration. Predict with the plain checkpoint (`moecal predict`, or load it with transformers)."
+        )
+
+
+def _only(table: Table, name: str) -> str | None:
+    """The one value of a column that says how the predictions were made; `None` where the table does not say."""
+    found = set(columns(table, name)[name].tolist()) if name in names(table) else {None}
+    if len(found) > 1:
+        raise ValueError(
+            f"The table mixes predictions by {sorted(map(str, found))} (column {name!r}); calibrate one {name} at a "
+            "time."
+        )
+    return found.pop()
+
+
 def _readout_of(table: Table, model_dir: str | Path) -> Readout:
     """What a table's predictions are by; the checkpoint then is calibrated for that."""
-    found = set(columns(table, "readout")["readout"].tolist()) if "readout" in names(table) else {None}
-    if len(found) > 1:
-        raise ValueError(f"The table mixes predictions by {sorted(map(str, found))}; calibrate one readout at a time.")
-    readout, own = Readout.named(found.pop()), recorded_readout(model_dir)
+    readout, own = Readout.named(_only(table, "readout")), recorded_readout(model_dir)
     if readout.members != own.members:
         raise ValueError(
             f"The table's predictions are by {readout.name or 'native'!r}, but the checkpoint is to be read by "
             f"{own.name or 'native'!r}; predict with the checkpoint itself."
         )
     return readout
+
+
+def _numbered(table: Table, model_dir: Path) -> Table:
+    """The table with the numbers of its labels, where these are text that the checkpoint's config has numbers for."""
+    labels = columns(table, "label")["label"]
+    if labels.dtype.kind not in "OUS" or not len(labels):
+        return table
+    numbers = class_numbers(labels.tolist(), own_labels(model_dir) or {})
+    return with_columns(table, {"label": np.array(numbers)})
 
 
 def _check_scores(table: Table, model_dir: Path) -> None:
@@ -167,6 +224,30 @@ def _check_scores(table: Table, model_dir: Path) -> None:
         )
 
 
+def before_and_after(model_dir: str | Path, table: Table) -> tuple[Table, Table | None]:
+    """A checkpoint's predictions as its own probabilities, and calibrated by what it carries.
+
+    Args:
+        model_dir: folder of the checkpoint.
+        table: its predictions, calibrated already or not.
+
+    Returns:
+        The table with its own probabilities, and the calibrated one; `None` where there is nothing to apply: no
+        calibration, one that is part of the weights, or a table without distributions.
+
+    Raises:
+        ValueError: the calibration is of other weights, needs columns that the table lacks, or is in its logits.
+    """
+    _refuse_calibrated(table)
+    own = IdentityCalibrator.from_parameters({}).apply(table) if {"logits", "probs"} & set(names(table)) else table
+    if own is table or not (Path(model_dir) / FILE_NAME).exists():
+        return own, None
+    record = read_record(model_dir)
+    if record.baked is not None or record.method == "none":
+        return own, None
+    return own, load_calibration(model_dir).apply(table)
+
+
 def load_calibration(model_dir: str | Path, **hub: Any) -> Calibrator:
     """The calibrator that a checkpoint carries in its `calibration.json`; call its `apply` on a predictions table.
 
@@ -175,9 +256,13 @@ def load_calibration(model_dir: str | Path, **hub: Any) -> Calibrator:
         hub: `revision`, `token`, `cache_dir`, `local_files_only` for a repository.
 
     Raises:
-        ValueError: there is no such file, it is malformed, or the calibration is already part of the weights.
+        ValueError: there is no such file, it is malformed, of other weights than those in the folder, or already part
+            of them.
     """
-    return from_record(_record_of(model_dir, hub))
+    record, folder = _record_of(model_dir, hub)
+    if Path(model_dir).is_dir():
+        check_fresh(record, folder)
+    return from_record(record)
 
 
 def from_pretrained(model_dir: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -192,23 +277,41 @@ def from_pretrained(model_dir: str | Path, **kwargs: Any) -> PreTrainedModel:
     predictions table alone: [`~hf_moecal.predict`] applies it, and the model's logits stay its own. A temperature of
     label words is one of the logits, fitted on these words only. What is baked into the weights is left as it is.
 
+    `save_pretrained` and `push_to_hub` of the model write what it was loaded with as well: `calibration.json` and the
+    members of a committee. Once its weights have been trained the calibration is not theirs any more: it is left out,
+    with a warning.
+
     Args:
         model_dir: folder or repository with a checkpoint and its `calibration.json`.
         kwargs: for `from_pretrained` of transformers, such as `revision`, `token`, `dtype`, `device_map`.
 
     Raises:
-        ValueError: the checkpoint has no calibration, or a malformed one.
+        ValueError: the checkpoint has no calibration, a malformed one, or one of other weights.
+
+    Warns:
+        UserWarning: the calibration was fitted under another dtype, attention or experts implementation, or
+            quantization than the model now has.
     """
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-    record = _record_of(model_dir, hub)
+    record, folder = _record_of(model_dir, hub)
+    if Path(model_dir).is_dir():
+        check_fresh(record, folder)  # before anything large is loaded
     model, readout = load_model(model_dir, **kwargs), Readout.from_record(record.readout)
-    if record.baked is not None:
-        return model
     load_committee(model, model_dir, readout, hub)
-    readout, calibrator = with_calibration(model, readout, from_record(record))
-    if not readout.is_plain:
-        attach_readout(model, readout)
-    attach_calibrator(model, calibrator)
+    if not Path(model_dir).is_dir():
+        check_fresh(record, folder)  # the weights have been fetched beside it now
+    changed = differences(record.conditions or {}, conditions_of(model))
+    if changed and record.method != "none":
+        warnings.warn(
+            f"The calibration was fitted on predictions with {changed}: under other conditions probabilities may be "
+            "off. Load the model as it was then, or predict and calibrate as you serve it."
+        )
+    if record.baked is None:
+        readout, calibrator = with_calibration(model, readout, from_record(record))
+        if not readout.is_plain:
+            attach_readout(model, readout)
+        attach_calibrator(model, calibrator)
+    keep_on_save(model, record)
     return model
 
 
@@ -226,19 +329,20 @@ def attach_calibrator(model: PreTrainedModel, calibrator: Calibrator) -> None:
     setattr(model, TABLE_CALIBRATOR, calibrator)
     if not _is_of_logits(model, calibrator):
         return
-    attached = getattr(model, ATTACHED, None)
 
-    def calibrate(module: torch.nn.Module, arguments: tuple, output: Any) -> Any:
-        if module.training or is_left_to_table(module):
-            return output
-        if attached is not None and attached.is_quiet:  # the readout's own forwards
-            return output
-        if not hasattr(output, "logits"):
-            raise ValueError("A calibrated model returns named outputs; call it with return_dict=True.")
-        output.logits = _calibrated(output.logits, calibrator)
+    model.register_forward_hook(partial(_calibrate, calibrator))
+
+
+def _calibrate(calibrator: Calibrator, module: torch.nn.Module, arguments: tuple, output: Any) -> Any:
+    attached = getattr(module, ATTACHED, None)  # a copy of the model has its own
+    if module.training or is_left_to_table(module):
         return output
-
-    model.register_forward_hook(calibrate)
+    if attached is not None and attached.is_quiet:  # the readout's own forwards
+        return output
+    if not hasattr(output, "logits"):
+        raise ValueError("A calibrated model returns named outputs; call it with return_dict=True.")
+    output.logits = _calibrated(output.logits, calibrator)
+    return output
 
 
 def _is_of_logits(model: PreTrainedModel, calibrator: Calibrator) -> bool:
@@ -270,17 +374,17 @@ def find_record(model_dir: str | Path) -> CalibrationRecord | None:
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return _record_of(model_dir, {})
+        return _record_of(model_dir, {})[0]
     except ValueError as error:
         if isinstance(error.__cause__, EntryNotFoundError):  # absent, also from the cache of who is offline
             return None
         raise
 
 
-def _record_of(model_dir: str | Path, hub: Mapping[str, Any]) -> CalibrationRecord:
-    """The record of a folder, or of a repository after its size was asked for."""
+def _record_of(model_dir: str | Path, hub: Mapping[str, Any]) -> tuple[CalibrationRecord, Path]:
+    """The record of a folder, or of a repository after its size was asked for, and the local folder that holds it."""
     if Path(model_dir).exists():
-        return read_record(model_dir)
+        return read_record(model_dir), Path(model_dir)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
@@ -295,7 +399,7 @@ def _record_of(model_dir: str | Path, hub: Mapping[str, Any]) -> CalibrationReco
         raise ValueError(
             f"{model_dir} has no {FILE_NAME}: load it with transformers, or fit a calibration with `moecal calibrate`."
         ) from error
-    return read_record(path)
+    return read_record(path), Path(path).parent
 
 
 def _versions() -> dict[str, str]:

@@ -22,6 +22,7 @@ from ..calibration import TemperatureCalibrator, from_record, read_record, write
 from ..calibration.base import TOKEN_SCORING
 from ..model.loading import ADAPTER_CONFIG, load_model
 from ..readouts.mixture import Readout
+from ..readouts.recorded import check_fresh, weights_record
 
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def bake(
         The path of `output_dir`.
 
     Raises:
-        ValueError: there is no temperature to bake, it is baked already, no way is exact, or the folder is in use.
+        ValueError: there is no temperature to bake, it is of other weights or baked already, no way is exact, or the
+            folder is in use.
     """
     model_dir, output_dir = Path(model_dir), Path(output_dir)
     record, calibrator = _bakeable(model_dir)
@@ -103,7 +105,7 @@ def bake(
             "tolerance": tolerance,
             "sequences": len(inputs),
         }
-        write_record(target, replace(record, baked=baked))
+        write_record(target, replace(record, baked=baked, weights=weights_record(target)))
         if output_dir.exists():
             output_dir.rmdir()
         os.replace(target, output_dir)
@@ -113,6 +115,7 @@ def bake(
 def _bakeable(model_dir: Path):
     record = read_record(model_dir)
     calibrator = from_record(record)  # refuses a second time
+    check_fresh(record, model_dir)
     readout = Readout.from_record(record.readout)
     if not readout.is_plain:
         raise ValueError(

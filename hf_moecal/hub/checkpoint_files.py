@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..calibration.record import is_number, is_plain, read_versioned, strict, write_json
+from ..readouts.recorded import stale, weights_record
+from .card_sources import published_name
 
 
 TRAINING_FILE, EVALUATION_FILE = "moecal_training.json", "moecal_evaluation.json"
@@ -46,6 +48,8 @@ class TrainingIds:
 def write_training_record(model_dir: str | Path, *, settings: Mapping[str, Any], ids: Iterable[str] = ()) -> Path:
     """Writes `moecal_training.json`: how the checkpoint was trained, and hashes of the ids of its training rows.
 
+    The file is published: of a setting that is a local path only the last part is written.
+
     Args:
         model_dir: folder of the checkpoint.
         settings: plain values such as `objective`, `eta`, `base_model`, `dataset`, `dataset_revision`, `seed`.
@@ -57,7 +61,8 @@ def write_training_record(model_dir: str | Path, *, settings: Mapping[str, Any],
     if not is_plain(dict(settings)):
         raise ValueError("settings must be texts, numbers, and lists or mappings of them.")
     hashes = np.unique(np.array([_hash(key) for key in ids], dtype="<u8"))
-    content = {"settings": dict(settings), "ids": base64.b64encode(hashes.tobytes()).decode("ascii")}
+    settings = {name: published_name(value) for name, value in settings.items()}
+    content = {"settings": settings, "ids": base64.b64encode(hashes.tobytes()).decode("ascii")}
     return _write(Path(model_dir) / TRAINING_FILE, _TRAINING, content)
 
 
@@ -82,25 +87,53 @@ def load_training_ids(model_dir: str | Path) -> TrainingIds | None:
 
 
 def write_evaluation(
-    model_dir: str | Path, sets: Mapping[str, Mapping[str, Any]], *, dataset: Mapping[str, str] | None = None
+    model_dir: str | Path,
+    sets: Mapping[str, Mapping[str, Any]],
+    *,
+    calibrated: Mapping[str, Mapping[str, Any]] | None = None,
+    dataset: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes `moecal_evaluation.json`, from which `push` makes the card's table and its `model-index`.
 
+    The file says of which weights it is, and is not published with others.
+
     Args:
         model_dir: folder of the checkpoint.
-        sets: for each evaluation set, what `calibration_report` gave; `report["groups"]` is such a mapping.
-        dataset: `id` (on the Hub, if it is there), `revision`, `split`, as far as known.
+        sets: for each evaluation set, what `calibration_report` gave of the checkpoint's own probabilities;
+            `report["groups"]` is such a mapping.
+        calibrated: the same of its probabilities after the calibration in `calibration.json`.
+        dataset: `id` (on the Hub, if it is there), `revision`, `split`, as far as known; with the `task_id` of a
+            benchmark on the Hub and one set, `push` enters its accuracy there as well.
 
     Raises:
         ValueError: a set lacks `ece` or `n`, or a value is not plain.
     """
-    content = strict({"sets": {name: dict(figures) for name, figures in sets.items()}, "dataset": dict(dataset or {})})
+    both = {"sets": sets, **({} if calibrated is None else {"calibrated": calibrated})}
+    content = {kind: {name: dict(figures) for name, figures in found.items()} for kind, found in both.items()}
+    weights = weights_record(model_dir)
+    content = strict({**content, "dataset": dict(dataset or {}), **({"weights": weights} if weights else {})})
     _check_evaluation(content)
     return _write(Path(model_dir) / EVALUATION_FILE, _EVALUATION, content)
 
 
+def fresh_evaluation(model_dir: str | Path) -> dict[str, Any] | None:
+    """The same as [`load_evaluation`] gives, if it is of the weights in the folder.
+
+    Raises:
+        ValueError: the weights were changed after the evaluation.
+    """
+    found = load_evaluation(model_dir)
+    reason = None if found is None else stale(found.get("weights"), model_dir)
+    if reason is not None:
+        raise ValueError(
+            f"{EVALUATION_FILE} is not of this checkpoint: {reason}. Evaluate it anew (`push --table`, or "
+            f"push(evaluation=...)), or delete {EVALUATION_FILE}."
+        )
+    return found
+
+
 def load_evaluation(model_dir: str | Path) -> dict[str, Any] | None:
-    """`sets` and `dataset` of `moecal_evaluation.json`, or `None` if there is no such file."""
+    """`sets`, `calibrated` and `dataset` of `moecal_evaluation.json`, or `None` if there is no such file."""
     path = Path(model_dir) / EVALUATION_FILE
     if not path.exists():
         return None
@@ -111,9 +144,14 @@ def load_evaluation(model_dir: str | Path) -> dict[str, Any] | None:
 
 def _check_evaluation(content: Mapping[str, Any]) -> None:
     sets, dataset = content.get("sets"), content.get("dataset", {})
-    if not isinstance(sets, dict) or not sets or not is_plain(sets) or set(content) - {"sets", "dataset"}:
-        raise ValueError("An evaluation needs 'sets' (name: figures) with plain values, and may have a 'dataset'.")
-    for name, figures in sets.items():
+    after = content.get("calibrated", {})
+    is_whole = all(isinstance(part, dict) and is_plain(part) for part in (sets, after, content.get("weights", {})))
+    if not sets or not is_whole or set(content) - {"sets", "calibrated", "dataset", "weights"}:
+        raise ValueError(
+            "An evaluation needs 'sets' (name: figures) with plain values, and may have 'calibrated' ones and a "
+            "'dataset'."
+        )
+    for name, figures in [*sets.items(), *after.items()]:
         if not isinstance(figures, dict) or not {"ece", "n"} <= set(figures):
             raise ValueError(f"Evaluation set {name[:60]!r} needs at least 'ece' and 'n'; use calibration_report.")
         if type(figures["n"]) is not int or not all(_is_figure(figures.get(key)) for key in _NUMBERS):

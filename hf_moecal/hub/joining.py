@@ -11,12 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..calibration.record import FILE_NAME as CALIBRATION_FILE
 from ..model.freezing import set_trainable
 from ..model.loading import ADAPTER_CONFIG, load_model
 from ..readouts.committee import attach_members, save_members
 from ..readouts.mixture import Readout
 from ..readouts.recorded import record_readout, recorded_readout
 from .checkpoint_files import EVALUATION_FILE, TRAINING_FILE
+
+
+_OF_ONE_MEMBER = ("checkpoint-*", CALIBRATION_FILE, EVALUATION_FILE)
 
 
 def join_committee(members: Sequence[str | Path], output: str | Path) -> Path:
@@ -52,7 +56,7 @@ def join_committee(members: Sequence[str | Path], output: str | Path) -> Path:
     model = load_model(folders[0])
     set_trainable(model, "last_moe_layer")
     attach_members(model, [_own_parameters(model, folders[0], folder) for folder in folders[1:]])
-    shutil.copytree(folders[0], output, ignore=shutil.ignore_patterns("checkpoint-*", EVALUATION_FILE))
+    shutil.copytree(folders[0], output, ignore=shutil.ignore_patterns(*_OF_ONE_MEMBER))
     save_members(model, output)
     record_readout(output, replace(readout, members=len(folders)))
     records = {(f / TRAINING_FILE).read_bytes() if (f / TRAINING_FILE).exists() else b"" for f in folders}

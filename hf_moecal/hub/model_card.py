@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
+
+from .card_sources import published_name, without_local_links, without_local_paths, without_placeholders
 
 
 if TYPE_CHECKING:
@@ -40,9 +43,9 @@ def render_section(
     """
     parts = ["## Calibration", "How far this model's confidence can be trusted, measured with `hf_moecal`."]
     if training:
-        parts += ["### Training", _bullets(training)]
+        parts += ["### Training", _bullets({name: published_name(value) for name, value in training.items()})]
     if evaluation:
-        parts += ["### Calibration per evaluation set", _sets_table(evaluation["sets"]), _LEGEND]
+        parts += ["### Calibration per evaluation set", *_evaluated(evaluation, record)]
     if record is not None and record.readout is not None:
         parts += ["### Readout", *_readout(record.readout, repo_id)]
     parts += ["### Recalibration", *_recalibration(record, repo_id)]
@@ -59,24 +62,24 @@ def merge_card(
     section: str,
     results: Sequence[EvalResult],
     model_name: str,
-    library: str = "transformers",
+    defaults: Mapping[str, str],
 ) -> str:
     """The card to publish: our section in a card whose other text is kept.
 
     Of the local and the published card the published one is kept, because a user may have edited it on the Hub;
     unless its text is exactly as we left it (its section carries a hash of the text around it), when the local one,
-    such as Trainer's latest, is newer. Metadata are joined, the published values winning.
+    such as Trainer's latest, is newer. Metadata are joined, the published values winning; `defaults` are entered where
+    neither has any. What a template left unfilled, and names that are paths of this machine, are not published.
     """
     from huggingface_hub import ModelCardData
 
     base = local if remote is None or (local is not None and _as_we_left_it(remote)) else remote
-    text = _outside(base) if base is not None else f"# {_inline(model_name)}"
-    place = _SECTION.search(_body(base)) if base is not None else None
+    body = f"# {_inline(model_name)}" if base is None else _body(base)
+    if base is local and base is not None:
+        body = without_local_links(without_placeholders(body))
+    text, place = _SECTION.sub("", body).strip(), _SECTION.search(body)
     ours = f"<!-- hf_moecal:begin outside={_stamp(text)} -->\n{section}<!-- hf_moecal:end -->\n"
-    if place:
-        body = _body(base)[: place.start()] + ours + _body(base)[place.end() :]
-    else:
-        body = f"{text}\n\n{ours}"
+    body = body[: place.start()] + ours + body[place.end() :] if place else f"{text}\n\n{ours}"
     metadata: dict[str, Any] = {}
     entries: dict[tuple, EvalResult] = {}
     for card in filter(None, (local, remote)):
@@ -85,8 +88,14 @@ def merge_card(
         found = {key: value for key, value in data.to_dict().items() if key not in ("model-index", "model_name")}
         tags = [*metadata.get("tags", []), *(found.get("tags") or [])]
         metadata = {**metadata, **found, "tags": tags}
+    metadata = without_local_paths(metadata)
     metadata["tags"] = list(dict.fromkeys([*metadata.get("tags", []), *_TAGS]))
-    metadata.setdefault("library_name", library)
+    metadata = {**defaults, **{name: value for name, value in metadata.items() if value is not None}}
+    if "license" not in metadata:
+        warnings.warn(
+            "The card names no license, without which nobody may use the model: push with license=... (`--license`), "
+            "or enter `license:` at the top of README.md."
+        )
     every = [*entries.values(), *results] or None
     data = ModelCardData(**metadata, eval_results=every, model_name=model_name if every else None)
     return f"---\n{data.to_yaml()}\n---\n\n{body.strip()}\n"
@@ -97,8 +106,11 @@ def eval_results(evaluation: Mapping[str, Any] | None, *, task_type: str) -> lis
     from huggingface_hub import EvalResult
 
     results = []
-    dataset = (evaluation or {}).get("dataset", {})
-    for name, figures in (evaluation or {}).get("sets", {}).items():
+    evaluation = evaluation or {}
+    dataset = evaluation.get("dataset", {})
+    sets = [(name, figures, "") for name, figures in evaluation.get("sets", {}).items()]
+    sets += [(name, figures, ", calibrated") for name, figures in evaluation.get("calibrated", {}).items()]
+    for name, figures, kept in sets:
         for kind, title in _METRICS.items():
             value = figures.get(_KEYS.get(kind, kind))
             if value is None:
@@ -115,7 +127,7 @@ def eval_results(evaluation: Mapping[str, Any] | None, *, task_type: str) -> lis
                     dataset_revision=dataset.get("revision"),
                     dataset_split=dataset.get("split"),
                     metric_type=kind,
-                    metric_name=title + _MARK,
+                    metric_name=title + kept + _MARK,
                     metric_value=round(value, 6),
                     metric_args=extra,
                 )
@@ -123,8 +135,41 @@ def eval_results(evaluation: Mapping[str, Any] | None, *, task_type: str) -> lis
     return results
 
 
+def benchmark_entry(evaluation: Mapping[str, Any] | None) -> dict[str, bytes]:
+    """The file of the Hub's newer format for results: a benchmark there, its task, one value.
+
+    Only an accuracy is such a value, of one set that names the benchmark's `id` and `task_id`; calibration figures
+    stay in the `model-index`.
+    """
+    dataset, sets = (evaluation or {}).get("dataset", {}), list((evaluation or {}).get("sets", {}).values())
+    if not {"id", "task_id"} <= set(dataset) or len(sets) != 1 or sets[0].get("accuracy") is None:
+        return {}
+    import yaml
+
+    named = {name: dataset[name] for name in ("id", "task_id", "revision") if name in dataset}
+    notes = f"accuracy of {sets[0]['n']} rows; ECE {sets[0]['ece']:.4f} (hf_moecal)"
+    entry = {"dataset": named, "value": round(sets[0]["accuracy"], 6), "notes": notes}
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{dataset['id'].split('/')[-1]}-{dataset['task_id']}")
+    return {f".eval_results/{name}.yaml": yaml.safe_dump([entry], sort_keys=False).encode("utf-8")}
+
+
+def _evaluated(evaluation: Mapping[str, Any], record: CalibrationRecord | None) -> list[str]:
+    """The tables of the evaluation sets, which say whether they are of the calibrated probabilities."""
+    applied = record is not None and record.method != "none" and record.baked is None
+    after = evaluation.get("calibrated")
+    if not applied:
+        return [_sets_table(evaluation["sets"]), _LEGEND]
+    said = "**Of the model's own probabilities, before the calibration below**"
+    if not after:
+        said += "; what it makes of them on these sets was not measured"
+    parts = [f"{said}:", _sets_table(evaluation["sets"])]
+    if after:
+        parts += ["**With the calibration, as the model loads below:**", _sets_table(after)]
+    return [*parts, _LEGEND]
+
+
 _LEGEND = (
-    "ECE: expected calibration error of the top-label confidence, 15 equal-width bins, 95 % bootstrap interval. "
+    "ECE: expected calibration error of the top-label confidence, 15 equal-width bins, 95 % interval. "
     "Debiased: without the part that a perfectly calibrated model of the same n would show by chance. "
     "Gap: mean confidence minus accuracy; positive is overconfident."
 )
@@ -264,6 +309,11 @@ def _stamp(text: str) -> str:
 def _as_we_left_it(card: str) -> bool:
     found = _SECTION.search(_body(card))
     return found is not None and found.group(1) == _stamp(_outside(card))
+
+
+def metadata_of(card: str) -> dict[str, Any]:
+    """The metadata at the top of a card; empty where there are none."""
+    return _metadata(card).to_dict()
 
 
 def _metadata(card: str) -> ModelCardData:

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.record import FILE_NAME, read_json, read_record
+from ..calibration.record import FILE_NAME, read_json, read_record, write_text
 from ..model.loading import ADAPTER_CONFIG
-from ..readouts.committee import MEMBERS_FILE
+from ..model.weight_files import INDEX, MEMBERS_FILE, WHOLE, weight_files
 from ..readouts.mixture import Readout
-from .checkpoint_files import (
-    EVALUATION_FILE,
-    TRAINING_FILE,
-    load_evaluation,
-    load_training_settings,
-    write_evaluation,
-)
-from .model_card import eval_results, merge_card, render_section
+from ..readouts.recorded import check_fresh
+from ..versions import http_errors
+from .checkpoint_card import CARD, license_of_base, make_card, published_card
+from .checkpoint_files import EVALUATION_FILE, TRAINING_FILE, fresh_evaluation, write_evaluation
+from .model_card import benchmark_entry
 
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-CARD = "README.md"
 _PUBLISHED = (
-    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
+    *("config.json", "generation_config.json", "*.safetensors.index.json"),
     *(ADAPTER_CONFIG, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates/*"),
     *("preprocessor_config.json", "processor_config.json"),
@@ -43,6 +39,7 @@ _FIGURES = ("reliability*.png", "reliability*.svg", "figures/reliability*.png", 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9._/-]+\Z")
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 _SCANNED_BYTES = 2**26  # a larger text is a vocabulary
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _TEXT_ENDINGS = {".json", ".md", ".txt", ".jinja", ".svg", ""}
 
 
@@ -55,6 +52,8 @@ def push(
     *,
     repo_id: str,
     evaluation: Mapping[str, Mapping[str, Any]] | None = None,
+    calibrated: Mapping[str, Mapping[str, Any]] | None = None,
+    license: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -66,12 +65,18 @@ def push(
     the repository is compared with the folder file by file. When anything fails, call `push` again: what is there
     already is not sent twice. The card is merged: text outside our section stays as it is on the Hub.
 
+    What is written to the folder (the evaluation, the merged `README.md`) is written before the commit, each file
+    whole or not at all; nothing is written after it.
+
     Args:
         model_dir: folder with the weights (safetensors) or a LoRA adapter, and whatever `write_calibration`,
             `write_training_record`, `write_evaluation` and `write_report` put there.
         repo_id: `"organisation/name"`; made if it does not exist.
-        evaluation: figures per evaluation set, written to the folder first (see
+        evaluation: figures per evaluation set of the checkpoint's own probabilities, and `calibrated` those after
+            the calibration that it carries; written to the folder first (see
             [`~hf_moecal.hub.checkpoint_files.write_evaluation`]).
+        license: the model's, as the Hub names them (`"apache-2.0"`). Default: what the folder's README.md or the
+            published card names, else what the base model's card does.
         private: visibility of a new repository.
         revision: branch; made if it does not exist. Default: main.
         token: access token. Default: the one of `hf auth login` or `HF_TOKEN`.
@@ -81,12 +86,16 @@ def push(
         The address of the published commit.
 
     Raises:
-        ValueError: the folder holds no publishable checkpoint, or a file holds a token.
+        ValueError: the folder holds no publishable checkpoint, its calibration or evaluation is of other weights, or
+            a file holds a token.
         PublishError: no token, a wrong one, or the Hub cannot be reached.
+        OSError: the folder cannot be written to, or the disk is full; then nothing was published.
     """
     model_dir = Path(model_dir)
     if evaluation is not None:
-        write_evaluation(model_dir, evaluation)
+        write_evaluation(model_dir, evaluation, calibrated=calibrated)
+    elif calibrated is not None:
+        raise ValueError("`calibrated` figures are set beside those before the calibration; give `evaluation` too.")
     files = publishable(model_dir)
     api = _api(token)
     for name, path in files.items():
@@ -98,12 +107,27 @@ def push(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
     with _explained("reading the repository"):
         head = api.model_info(repo_id, revision=revision).sha
-        published = _published_card(api, repo_id, head)
-    card = make_card(model_dir, repo_id=repo_id, published=published)
-    _refuse_secrets(CARD, card.encode("utf-8"), api.token)
-    commit = _commit(api, repo_id, {**files, CARD: card.encode("utf-8")}, revision, head, commit_message)
-    (model_dir / CARD).write_text(card, encoding="utf-8")
+        published = published_card(api, repo_id, head)
+    if license is None:
+        with _explained("reading the base model's card"):
+            license = license_of_base(api, model_dir)
+    pictures = [name for name in files if name.endswith((".png", ".svg"))]
+    card = make_card(model_dir, repo_id=repo_id, published=published, figures=pictures, license=license)
+    made = {CARD: card.encode("utf-8"), **benchmark_entry(fresh_evaluation(model_dir))}
+    for name, content in made.items():
+        _refuse_secrets(name, content, api.token)
+    _write_card(model_dir / CARD, card)  # before the commit, after which nothing is left to fail
+    commit = _commit(api, repo_id, {**files, **made}, revision, head, commit_message)
     return f"{api.endpoint}/{repo_id}/commit/{commit}"
+
+
+def _write_card(path: Path, card: str) -> None:
+    try:
+        write_text(path, card)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}: README.md could not be written, and nothing was published", str(path)
+        ) from error
 
 
 def publishable(model_dir: Path) -> dict[str, Path]:
@@ -114,21 +138,31 @@ def publishable(model_dir: Path) -> dict[str, Path]:
     """
     if not model_dir.is_dir():
         raise ValueError(f"{str(model_dir)!r} is not a folder; give the folder of a saved checkpoint.")
-    found = _found(model_dir, (*_PUBLISHED, *_FIGURES))
+    weights = {file.name: file for file in weight_files(model_dir)}
+    missing = sorted(name for name, file in weights.items() if not file.is_file())
+    if missing:
+        raise ValueError(f"{INDEX} names {missing[0]!r}, which is not in the folder; save the checkpoint again.")
+    found = {**_found(model_dir, (*_PUBLISHED, *_FIGURES)), **weights}
     has_config = "config.json" in found or ADAPTER_CONFIG in found
-    if not has_config or not any(name.endswith(".safetensors") for name in found):
+    if not has_config or not set(weights) - {MEMBERS_FILE}:
         raise ValueError(
             f"{str(model_dir)!r} has no checkpoint to publish: it needs config.json (or {ADAPTER_CONFIG}) and weights "
             "in safetensors; write it with save_pretrained. Pickled weights are not published."
         )
-    for name in [name for name in found if name.endswith(".safetensors.index.json")]:
-        missing = sorted(set(json.loads(found[name].read_text())["weight_map"].values()) - set(found))
-        if missing:
-            raise ValueError(f"{name} names {missing[0]!r}, which is not in the folder; save the checkpoint again.")
+    members = 1
     if FILE_NAME in found:
-        readout = Readout.from_record(read_record(found[FILE_NAME]).readout)
-        if readout.members > 1 and MEMBERS_FILE not in found:
+        record = read_record(found[FILE_NAME])
+        check_fresh(record, model_dir)
+        readout = Readout.from_record(record.readout)
+        members = readout.members
+        if members > 1 and MEMBERS_FILE not in found:
             raise ValueError(f"{FILE_NAME} says {readout.name!r}, but {MEMBERS_FILE} is not in the folder.")
+    if members == 1 and MEMBERS_FILE in found:
+        raise ValueError(
+            f"{MEMBERS_FILE} is of a committee, which {FILE_NAME} does not name; save that again, or delete the file."
+        )
+    if WHOLE in found:  # what transformers loads, so that an index is of shards that were here before
+        found.pop(INDEX, None)
     if ADAPTER_CONFIG in found:
         base = read_json(found[ADAPTER_CONFIG]).get("base_model_name_or_path") or ""
         if Path(base).is_dir():
@@ -140,36 +174,6 @@ def _found(model_dir: Path, patterns: Iterable[str]) -> dict[str, Path]:
     paths = [path for pattern in patterns for path in sorted(model_dir.glob(pattern)) if path.is_file()]
     named = {path.relative_to(model_dir).as_posix(): path for path in paths}
     return {name: path for name, path in named.items() if _SAFE_NAME.match(name)}
-
-
-def make_card(model_dir: Path, *, repo_id: str, published: str | None) -> str:
-    """The card to publish, from the records in the folder, the folder's README.md and the published one."""
-    record = read_record(model_dir) if (model_dir / FILE_NAME).exists() else None
-    evaluation = load_evaluation(model_dir)
-    figures = list(_found(model_dir, _FIGURES))
-    section = render_section(
-        record=record,
-        training=load_training_settings(model_dir),
-        evaluation=evaluation,
-        figures=figures,
-        repo_id=repo_id,
-    )
-    local = model_dir / CARD
-    return merge_card(
-        local=local.read_text(encoding="utf-8") if local.is_file() else None,
-        remote=published,
-        section=section,
-        results=eval_results(evaluation, task_type=_task(model_dir)),
-        model_name=repo_id.split("/")[-1],
-        library="peft" if (model_dir / ADAPTER_CONFIG).exists() else "transformers",
-    )
-
-
-def _task(model_dir: Path) -> str:
-    config = model_dir / "config.json"
-    architectures = json.loads(config.read_text()).get("architectures") if config.is_file() else None
-    is_lm = bool(architectures) and "CausalLM" in architectures[0]
-    return "text-generation" if is_lm else "text-classification"
 
 
 def _api(token: str | None) -> HfApi:
@@ -184,17 +188,6 @@ def _api(token: str | None) -> HfApi:
 def _refuse_secrets(name: str, content: bytes, token: str) -> None:
     if token.encode() in content or _TOKEN.search(content):
         raise ValueError(f"{name} holds an access token and was not published; remove it from the file.")
-
-
-def _published_card(api: HfApi, repo_id: str, commit: str) -> str | None:
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            path = api.hf_hub_download(repo_id, CARD, revision=commit, local_dir=folder)
-        except RemoteEntryNotFoundError:  # and not its base, which also says that the Hub could not be reached
-            return None
-        return Path(path).read_text(encoding="utf-8")
 
 
 def _commit(
@@ -214,7 +207,7 @@ def _commit(
         if not _differing(api, repo_id, files, revision):
             return _head(api, repo_id, revision)
         raise
-    with _explained("checking what was published"):
+    with _explained("checking what was published", done="The commit was made."):
         wrong = _differing(api, repo_id, files, revision)
         if wrong:
             raise PublishError(f"The Hub holds another {wrong[0]} than this folder after the commit; push again.")
@@ -268,8 +261,8 @@ def _digest(content: Path | bytes, digest: Any) -> str:
 
 
 @contextmanager
-def _explained(step: str) -> Iterator[None]:
-    """Turns what can go wrong on the way to the Hub into one sentence that says what to do."""
+def _explained(step: str, done: str = "Nothing half-done is visible.") -> Iterator[None]:
+    """Turns what can go wrong on the way to the Hub into one sentence that says what was done and what to do."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
@@ -288,23 +281,20 @@ def _explained(step: str) -> Iterator[None]:
         said = getattr(error, "server_message", None) or f"the Hub answered with status {status}"
         reason = reasons.get(status, f"{' '.join(said.split())[:200]}; push again later")
         # Not chained: a broken upload's own message holds the signed address that it went to.
-        raise PublishError(f"Failed {step}: {reason}. Nothing half-done is visible.") from None
+        raise PublishError(f"Failed {step}: {reason}. {done}") from None
     except ValueError as error:
         if isinstance(error, json.JSONDecodeError):
             said = "the answer of the Hub was no JSON; push again later."
         else:  # the client's own words, such as what is wrong with the metadata of README.md
             said = " ".join(str(error).split())[:300]
-        raise PublishError(f"Failed {step}: {said} Nothing half-done is visible.") from None
+        raise PublishError(f"Failed {step}: {said} {done}") from None
     except Exception as error:
-        if not isinstance(error, OSError | RuntimeError | _client_errors()):
+        if not isinstance(error, OSError | RuntimeError | http_errors()):
             raise
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            raise PublishError(
+                f"Failed {step}: {error.strerror} ({error.filename}) on this machine; push again after that. {done}"
+            ) from None
         raise PublishError(
-            f"Failed {step}: the connection broke ({type(error).__name__}). Nothing half-done is visible; push again."
+            f"Failed {step}: the connection broke ({type(error).__name__}); push again. {done}"
         ) from None
-
-
-def _client_errors() -> type[Exception]:
-    """Base of the errors of the HTTP library that this huggingface_hub uses, which has changed with its versions."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")

@@ -191,7 +191,7 @@ class CalibrationAccumulator:
                 make_edges(strategy, c, bins, rows.weight)
                 for c in (scores if strategy == "equal_mass" else scores[:1])
             ]
-            found[key] = Tally.of(rows, edges, self.mode).figures(intervals)
+            found[key] = Tally.of(rows, edges, self.mode, drawn=intervals).figures(intervals)
             if ranked:
                 found[key] |= ranking_figures(rows, self.mode)
         return found

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .chance import soft_spread
 from .inputs import as_array, check_choice, check_count, read_correct, read_weights, unit_interval
-from .uncertainty import score_interval, soft_spread
+from .uncertainty import score_interval
 
 
 STRATEGIES = ("equal_width", "equal_mass")

@@ -25,9 +25,9 @@ def calibration_metrics(*, bins: int = DEFAULT_BINS, strategy: str = "equal_widt
     supervised, and `sequence`, a number for each of the sequences that share a row.
 
     Returns:
-        `Callable`: gives `ece`, `ece_debiased`, `nll`, `n_zero_probability`, `brier`, `accuracy`, `signed_gap` and
-        `n`. For a language model these are over tokens; `sequence_ece` and so on are over sequences, of which each counts once, with the means
-        over its tokens: mean confidence against the share of tokens that are right.
+        `Callable`: gives `ece`, `ece_debiased`, `nll`, `n_zero_probability`, `brier`, `accuracy`, `signed_gap`, `n`.
+        For a language model these are over tokens; `sequence_ece` and so on are over sequences, of which each counts
+        once, with the means over its tokens: mean confidence against the share of tokens that are right.
 
     Example:
 

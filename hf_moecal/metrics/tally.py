@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .binning import MOMENTS, Edges, bin_index, cells
+from .chance import Bins, gamma_tail
 from .figures import BRIER_TERMS, ERRORS, brier_decomposition, errors
 from .inputs import Rows
-from .uncertainty import Bins, calibrated_p, error_interval, evidence, gamma_tail, gap_interval
+from .uncertainty import calibrated_p, error_interval, evidence, gap_interval
 
 
 TOTALS = ("weight", "weight2", "confidence", "event", "hit", "nll", "brier", "gap2", "within")
@@ -31,8 +32,8 @@ class Tally:
     null: np.ndarray | None = None
 
     @classmethod
-    def of(cls, rows: Rows, edges: list[Edges], mode: str) -> Tally:
-        """The tally of some rows under one set of edges per class."""
+    def of(cls, rows: Rows, edges: list[Edges], mode: str, *, drawn: bool = False) -> Tally:
+        """The tally of some rows under one set of edges per class; `drawn` prepares the p-value of classwise mode."""
         event = rows.event.astype(np.float64)
         hit = event
         if mode == "positive_class":
@@ -50,7 +51,7 @@ class Tally:
         for k in range(classes):
             edge = edges[k % len(edges)]
             moments[:, k, : edge.bins] = cells(rows.scores[:, k], rows.events[:, k], edge, rows.weight)[:, 0]
-        return cls(moments, totals, len(event), zero, null=_null_errors(rows, edges))
+        return cls(moments, totals, len(event), zero, null=_null_errors(rows, edges) if drawn else None)
 
     def __add__(self, other: Tally) -> Tally:
         added = (getattr(self, name) + getattr(other, name) for name in ("moments", "totals", "n", "zero"))

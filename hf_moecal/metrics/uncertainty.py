@@ -1,92 +1,26 @@
-"""What chance alone does to binned errors: a p-value of calibration, and intervals that cover where nothing varies.
+"""How far the binned errors of a sample may be from those of the population: a p-value of calibration, and intervals.
 
-Given the confidences, the number of right answers in a bin is a sum of independent draws. It is taken for a binomial
-with the bin's mean, and its distribution is worked out exactly, never estimated from the spread of the few rows that
-are there: twenty rows at .99, all right, do not prove that the model is always right. Nothing here is random.
-
-The error meant is that of the population under the bins at hand: `sum_b P(b) |E[confidence - event | b]|`; `ece` and
-`ece_debiased` both estimate it.
+The error meant is `sum_b P(b) |E[confidence - event | b]|` of the population under the bins at hand; `ece` and
+`ece_debiased` both estimate it. Nothing here is random.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
+
+from .chance import FEW, STEPS_SHOW, Bins, merged, tail
 
 
 LEVEL = 0.05
 _Z = 1.959963984540054  # normal quantile that leaves out half of LEVEL
-_GRID = 2048  # cells on which distributions of bins are added up
-_REACH = 6.5  # standard deviations of a binomial that are looked at; beyond lie 1e-10
-_NORMAL = 20.0  # standard deviation, in examples, from which a binomial is taken for normal
-_FEW = 64  # bins up to which their distributions are added up; of more, the first three moments are
 _SURE = 1.5  # standard errors by which a bin's gap is shortened before its sign is believed
-_STEPS_SHOW = 10.0  # variance, in examples, below which single answers show
 _HALVINGS = 4
 _STEPS = 50
-_LEAST = 1e-12  # the smallest chance that is told apart from none
-_LATTICE = np.linspace(-_REACH, _REACH, 131)
-_WEIGHTS = np.exp(-0.5 * _LATTICE**2) / np.exp(-0.5 * _LATTICE**2).sum()
 _normal = np.vectorize(lambda z: 0.5 * math.erfc(-z / math.sqrt(2.0)), otypes=[float])
-
-
-class Bins(NamedTuple):
-    """The filled bins, of all classes: arrays [B]. `count` are effective rows; `share` sums to one."""
-
-    share: np.ndarray
-    count: np.ndarray
-    confidence: np.ndarray
-    accuracy: np.ndarray
-    spread: np.ndarray  # variance of the events, given the confidences, against that of a binomial
-    rows: float  # effective rows of the whole
-    shared: float  # by how much the variance of the sum exceeds that of independent bins
-
-    @classmethod
-    def of(cls, moments: np.ndarray) -> Bins:
-        """From moments [7, K, B, 2], see [`cells`]. Of two classes one says all: the other is its mirror image."""
-        moments = moments[:, 1:] if moments.shape[1] == 2 else moments
-        classes = moments.shape[1]
-        some = moments[0].sum(-1) > 0
-        weight, mass, hits, mass2, _, squares, weight2 = moments.sum(-1)[:, some]
-        mean, count = mass / weight, weight**2 / weight2
-        even = weight * mean * (1.0 - mean)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            spread = np.where(even > 0, np.clip((mass - mass2) / even, 0.0, 1.0), 1.0)
-        spread[count * mean * (1.0 - mean) < _STEPS_SHOW] = 1.0  # where every single answer shows, keep whole steps
-        spread *= soft_spread(moments)
-        share = weight / weight.sum()
-        rows = weight.sum() ** 2 / weight2.sum() / classes
-        return cls(share, count, mean, np.clip(hits / weight, 0.0, 1.0), spread, rows, 2.0 if classes > 2 else 1.0)
-
-    @property
-    def error(self) -> float:
-        return float(np.abs(self.share * (self.confidence - self.accuracy)).sum())
-
-
-def soft_spread(moments: np.ndarray) -> float:
-    """Variance of the events inside bins against that of events of 0 or 1: below one for shares of raters."""
-    weight, _, hits, _, _, squares, weight2 = moments.sum(-1)
-    some = weight > 0
-    if hits.sum() - squares.sum() <= 1e-9 * weight.sum():
-        return 1.0
-    even = hits[some] - hits[some] ** 2 / weight[some]
-    free = 1.0 - weight2[some] / weight[some] ** 2  # a bin of one row shows no variance
-    left = squares[some] - hits[some] ** 2 / weight[some]
-    return float(np.clip(left.sum() / max((even * free).sum(), 1e-300), 0.0, 1.0)) if (free > 0).any() else 1.0
-
-
-def merged(bins: Bins) -> Bins:
-    """All bins as one: its error is the size of the signed gap, which the error of more bins never falls below."""
-    share, count = bins.share, bins.rows
-    mean = float(share @ bins.confidence)
-    even = mean * (1.0 - mean)
-    within = float(share @ (bins.spread * bins.confidence * (1.0 - bins.confidence)))
-    spread = min(1.0, within / even) if count * even >= _STEPS_SHOW else 1.0
-    one = [np.array([x]) for x in (1.0, count, mean, float(share @ bins.accuracy), spread)]
-    return Bins(*one, bins.rows, 1.0)
 
 
 def evidence(bins: Bins, p_binned: float | None = None) -> list[tuple[Bins, float]]:
@@ -98,7 +32,7 @@ def evidence(bins: Bins, p_binned: float | None = None) -> list[tuple[Bins, floa
     tested = [bins] if bins.shared > 1.0 else [bins, merged(bins)]
     known = [p_binned, None]
     return [
-        (part, _tail(part, part.confidence, np.zeros(len(part.share)), part.error) if p is None else p)
+        (part, tail(part, part.confidence, np.zeros(len(part.share)), part.error) if p is None else p)
         for part, p in zip(tested, known, strict=False)
     ]
 
@@ -112,7 +46,8 @@ def error_interval(tested: list[tuple[Bins, float]]) -> list[float]:
     """95 % interval of the true error; it starts above zero exactly where [`calibrated_p`] is below .05."""
     bins = tested[0][0]
     low = max(_lower(part, p, len(tested)) for part, p in tested)
-    return [low, max(_upper(bins), bins.error)]
+    above = max(_upper(bins) - bins.error, 0.0)
+    return [low, bins.error + math.sqrt(above**2 + _Z**2 * _between(bins))]
 
 
 def _lower(bins: Bins, p: float, tests: int) -> float:
@@ -128,8 +63,8 @@ def _lower(bins: Bins, p: float, tests: int) -> float:
     def excess(t: float) -> float:
         noise = float((bins.share**2 * _deviation(bins, bins.confidence - t * gap) ** 2).sum()) * bins.shared
         wider = math.sqrt(1.0 + t * t * between / noise) if noise > 0 else 1.0
-        chance = _tail(bins, bins.confidence - t * gap, t * sure, (1.0 - t) * error / wider)
-        return math.log(chance * (1.0 + (tests - 1.0) * (1.0 - t)) / (LEVEL * (1.0 - 0.5 * t)))
+        chance = tail(bins, bins.confidence - t * gap, t * sure, (1.0 - t) * error / wider)
+        return math.log(chance * tests / (LEVEL * (1.0 - 0.5 * t)))
 
     low, high = (0.0, math.log(p * tests / LEVEL)), (1.0, math.log(1.0 / LEVEL))
     if low[1] >= 0.0:
@@ -144,10 +79,19 @@ def _lower(bins: Bins, p: float, tests: int) -> float:
 def _upper(bins: Bins) -> float:
     """The largest error that would still show as little as this, were it spread so that it shows least.
 
-    For a given sum, gaps that are the same multiple of their standard error hide best behind the noise.
+    For a given sum, gaps that are the same multiple of their standard error hide best behind the noise. Towards one
+    half there is more noise to hide behind; but where wrong answers are rare, one of them hides that the model is
+    too modest.
     """
+    sides = np.where(bins.confidence > 0.5, -1.0, 1.0)
+    found = _upper_on(bins, sides)
+    rare = bins.rows * float(bins.share @ np.minimum(bins.confidence, 1.0 - bins.confidence)) < 2.0 * STEPS_SHOW
+    return max(found, _upper_on(bins, -sides)) if rare else found
+
+
+def _upper_on(bins: Bins, side: np.ndarray) -> float:
+    """The same with each bin's truth on one side of its confidence; on the side that it surely is on, where it is."""
     gap = bins.confidence - bins.accuracy
-    side = np.where(bins.confidence > 0.5, -1.0, 1.0)
     known = np.abs(gap) > _Z * _deviation(bins, bins.confidence)
     side = np.where(known, -np.sign(gap), side)
 
@@ -155,20 +99,17 @@ def _upper(bins: Bins) -> float:
         return _score_limit(bins.confidence, bins.count, multiple, side, bins.spread)
 
     smallest = min((bins.count * rate * (1.0 - rate)).min() for rate in (bins.confidence, bins.accuracy))
-    if smallest >= 25.0 or len(bins.share) > _FEW:
+    if smallest >= 25.0 or len(bins.share) > FEW:
         return _upper_of_many(bins, truth)
-    between = _between(bins)
 
     def chance(multiple: float) -> float:
         at = truth(multiple)
-        noise = float((bins.share**2 * _deviation(bins, at) ** 2).sum()) * bins.shared
-        wider = math.sqrt(1.0 + between / noise) if noise > 0 else 1.0
-        least = bins.error - float(bins.share @ np.abs(bins.confidence - at))
-        found = _tail(bins, at, bins.confidence - at, least / wider if least < 0 else least, below=True)
+        most = bins.error - float(bins.share @ np.abs(bins.confidence - at))
+        found = tail(bins, at, bins.confidence - at, most, below=True)
         return math.sqrt(found) if bins.shared > 1.0 else found  # one wrong answer shows in two classes at once
 
     low, high = 0.0, 2.0
-    while chance(high) > 0.5 * LEVEL and high < 1e4:
+    while chance(high) > 0.5 * LEVEL and high < 1e3:
         low, high = high, 2.0 * high
     for _ in range(2 * _HALVINGS):
         middle = 0.5 * (low + high)
@@ -182,7 +123,7 @@ def _upper_of_many(bins: Bins, truth: Callable[[np.ndarray], np.ndarray]) -> flo
     rate = truth(multiples)
     far = np.abs(bins.confidence - rate)
     mean, variance = _folded(far, _deviation(bins, rate))
-    noise = (bins.share**2 * variance).sum(1) * bins.shared + _between(bins)
+    noise = (bins.share**2 * variance).sum(1) * bins.shared
     least = np.maximum.accumulate((bins.share * mean).sum(1) - _Z * np.sqrt(noise))
     return float(np.interp(bins.error, least, (bins.share * far).sum(1)))
 
@@ -196,11 +137,16 @@ def _largest(bins: Bins) -> float:
 
 
 def _between(bins: Bins) -> float:
-    """Variance of the mean of |gap| over draws of which bins the examples fall into, without the part of the noise."""
+    """Variance of the error over draws of the confidences: what each adds to it varies, in its bin and between bins.
+
+    It is the variance of what each example adds, less that of the events inside bins; a bin of one shows none of that.
+    """
     gap = bins.confidence - bins.accuracy
-    noise = _deviation(bins, bins.accuracy, floor=True) ** 2
-    squares = max(0.0, float((bins.share * (gap**2 - noise)).sum()))
-    return max(0.0, squares - bins.error**2) / bins.rows
+    each = float((bins.share * (bins.residual + gap**2)).sum()) - bins.error**2
+    seen = float((bins.share * np.maximum(1.0 - 1.0 / bins.count, 0.0)).sum())
+    rate = float(bins.share @ bins.accuracy)
+    inside = float((bins.share * bins.accuracy * (1.0 - bins.accuracy)).sum()) / seen if seen > 0.1 else None
+    return max(each - (rate * (1.0 - rate) if inside is None else inside), 0.0) / bins.rows
 
 
 def _deviation(bins: Bins, truth: np.ndarray, *, floor: bool = False) -> np.ndarray:
@@ -218,9 +164,7 @@ def _folded(far: np.ndarray, deviation: np.ndarray) -> tuple[np.ndarray, np.ndar
     return mean, np.maximum(far**2 + deviation**2 - mean**2, 0.0)
 
 
-def _score_limit(
-    rate: np.ndarray, count: np.ndarray, z: np.ndarray, side: np.ndarray, spread: np.ndarray
-) -> np.ndarray:
+def _score_limit(rate: np.ndarray, count: np.ndarray, z: Any, side: Any, spread: Any) -> np.ndarray:
     """The rate that lies `z` of its own standard errors above (`side` 1) or below (-1) the given one (Wilson)."""
     square = z * z * spread / count
     middle = (rate + 0.5 * square) / (1.0 + square)
@@ -229,17 +173,13 @@ def _score_limit(
 
 
 def score_interval(rate: np.ndarray, count: np.ndarray, spread: np.ndarray | float = 1.0) -> np.ndarray:
-    """95 % intervals [2, B] of rates: Wilson's with correction for continuity, which never cover less than .945."""
+    """95 % intervals [2, B] of rates: Wilson's corrected for continuity, which hardly ever cover less than .945."""
     rate, count = np.asarray(rate, float), np.asarray(count, float)
     with np.errstate(divide="ignore", invalid="ignore"):
-        step = 0.5 / count
-        square = _Z * _Z * spread / count
         ends = []
         for side in (-1.0, 1.0):
-            shifted = rate + side * step
-            root = np.maximum(0.25 * square**2 + square * shifted * (1.0 - shifted), 0.0)
-            end = (shifted + 0.5 * square + side * np.sqrt(root)) / (1.0 + square)
-            ends.append(np.where(rate == (side > 0), rate, np.clip(end, 0.0, 1.0)))
+            end = _score_limit(np.clip(rate + side * 0.5 / count, 0.0, 1.0), count, _Z, side, spread)
+            ends.append(np.where(rate == (side > 0), rate, end))
     return np.stack(ends)
 
 
@@ -253,85 +193,8 @@ def gap_interval(confidence: float, event: float, gap2: float, within: float, co
         count: effective number of examples.
     """
     even = confidence * (1.0 - confidence)
-    spread = min(1.0, within / even) if even > 0 and count * even >= _STEPS_SHOW else 1.0
+    spread = min(1.0, within / even) if even > 0 and count * even >= STEPS_SHOW else 1.0
     low, high = score_interval(np.array([event]), np.array([count]), spread)[:, 0]
     gap = confidence - event
     margin = _Z * math.sqrt(max(gap2 - gap * gap, 0.0) / max(count - 1.0, 1.0))
     return [float(min(confidence - high, gap - margin)), float(max(confidence - low, gap + margin))]
-
-
-def _tail(bins: Bins, truth: np.ndarray, gap: np.ndarray, value: float, *, below: bool = False) -> float:
-    """P(sum share (|gap - noise| - |gap|) >= value), or <= where `below`, if the bins' accuracy is `truth`."""
-    if len(bins.share) > _FEW or (bins.shared > 1.0 and not below):
-        return _by_moments(bins, truth, gap, value, below)
-    noise, chance = _atoms(bins.count, truth, bins.spread)
-    parts = bins.share[:, None] * (np.abs(gap[:, None] - noise) - np.abs(gap)[:, None])
-    low = np.where(chance > 0, parts, np.inf).min(1)
-    size = len(bins.share)
-    step = float((np.where(chance > 0, parts, -np.inf).max(1) - low).sum()) / (_GRID - size)
-    if step < 1e-15:
-        met = value >= low.sum() - 1e-12 if below else value <= low.sum() + 1e-12
-        return 1.0 if met else _LEAST
-    index = np.clip(np.rint((parts - low[:, None]) / step), 0, _GRID - 1).astype(np.intp)
-    index += np.arange(size)[:, None] * _GRID
-    mass = np.bincount(index.ravel(), chance.ravel(), size * _GRID).reshape(size, _GRID)
-    total = np.fft.irfft(np.fft.rfft(mass, axis=1).prod(0), _GRID)
-    place, rounding = (value - low.sum()) / step, math.sqrt(size)
-    part = total[: max(math.floor(place + rounding) + 1, 0)] if below else total[max(math.ceil(place - rounding), 0) :]
-    return float(np.clip(part.sum(), _LEAST, 1.0))
-
-
-def _by_moments(bins: Bins, truth: np.ndarray, gap: np.ndarray, value: float, below: bool) -> float:
-    """The same from mean, variance and skewness of the sum, by a gamma distribution (Wilson & Hilferty)."""
-    cumulants = np.zeros(3)
-    width = np.sqrt(bins.count * truth * (1.0 - truth))
-    for part in np.array_split(np.argsort(width), max(1, len(width) // _FEW)):
-        noise, chance = _atoms(bins.count[part], truth[part], bins.spread[part])
-        size = np.abs(gap[part])[:, None]
-        parts = bins.share[part][:, None] * (np.abs(gap[part][:, None] - noise) - size)
-        mean = (chance * parts).sum(1)
-        central = parts - mean[:, None]
-        cumulants += mean.sum(), (chance * central**2).sum(), (chance * central**3).sum()
-    tail = gamma_tail(value, cumulants[0], cumulants[1] * bins.shared, cumulants[2] * bins.shared**1.5)
-    return max(1.0 - tail, _LEAST) if below else tail
-
-
-def gamma_tail(value: float, mean: float, variance: float, third: float) -> float:
-    """P(X >= value) of a shifted gamma distribution with the given mean, variance and third central moment."""
-    if variance <= 1e-30:
-        return 1.0 if value <= mean + 1e-12 else _LEAST
-    z, skew = (value - mean) / math.sqrt(variance), third / variance**1.5
-    if skew > 1e-6:
-        shape = 4.0 / skew**2
-        ratio = max(1.0 + z / math.sqrt(shape), 0.0)
-        z = (ratio ** (1 / 3) - 1.0 + 1.0 / (9.0 * shape)) * 3.0 * math.sqrt(shape)
-    return max(0.5 * math.erfc(z / math.sqrt(2.0)), _LEAST)
-
-
-def _atoms(count: np.ndarray, truth: np.ndarray, spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values and chances [B, W] of accuracy minus `truth` of each bin."""
-    count = np.maximum(np.rint(count), 1.0)[:, None]
-    truth, scale = np.clip(truth, 0.0, 1.0)[:, None], np.sqrt(spread)[:, None]
-    deviation = np.sqrt(count * truth * (1.0 - truth))
-    if deviation.min() > _NORMAL:
-        return _LATTICE * scale * deviation / count, np.broadcast_to(_WEIGHTS, (len(count), len(_WEIGHTS)))
-    reach = np.ceil(_REACH * np.minimum(deviation, _NORMAL)) + 8.0
-    width = int(reach.max())
-    offset = np.arange(-width, width + 1.0)
-    right = np.rint(count * truth) + offset
-    inside = (right >= 0) & (right <= count)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = (count - right) / (right + 1.0) * (truth / (1.0 - truth))  # of the next to this one
-        steps = np.where((right >= 0) & (right < count), np.log(ratio), 0.0)
-    logs = np.concatenate([np.zeros((len(count), 1)), np.cumsum(steps, 1)[:, :-1]], 1)
-    logs = np.where(inside, logs, -np.inf)
-    certain = (truth <= 0.0) | (truth >= 1.0)
-    logs = np.where(certain, np.where(offset == 0, 0.0, -np.inf), logs)
-    noise = right / count - truth
-    large = deviation > _NORMAL
-    if large.any():
-        z = offset * (_REACH / width)
-        logs = np.where(large, -0.5 * z * z, logs)
-        noise = np.where(large, z * deviation / count, noise)
-    chance = np.exp(logs - logs.max(1, keepdims=True))
-    return noise * scale, chance / chance.sum(1, keepdims=True)

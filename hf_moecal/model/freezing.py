@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..probes import UnsupportedMoEError, find_moe_layers
+from ..probes.capture import base_of
 from ..probes.router import declared_classes, find_routers
 
 
@@ -154,7 +155,7 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
     """What the model puts on top of its base, by name: the output embedding, or a classifier's last layers."""
     outer = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
-    base = getattr(outer, getattr(outer, "base_model_prefix", ""), outer)
+    base = base_of(outer) if isinstance(outer, PreTrainedModel) else outer
     beside = {name: module for name, module in outer.named_children() if name != CONTAINER}
     return {name: module for name, module in beside.items() if module is not base and base is not outer}
 

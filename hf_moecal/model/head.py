@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..probes.capture import autocast_state
+from ..probes.capture import autocast_state, base_of
 from ..probes.replay import patched
 
 
@@ -49,11 +49,12 @@ class RowSelector:
                 f"{type(model).__name__} has no output embedding; task='lm' needs an AutoModelForCausalLM."
             )
         self._outer = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-        self._base = getattr(self._outer, self._outer.base_model_prefix, self._outer)
+        self._base = base_of(self._outer)
         self._vocabulary = self._outer.config.get_text_config().vocab_size
         self._quiet = quiet
         self._tokens: Tensor | None = None
         self._rows: Tensor | None = None
+        self._fired = False
         self._due = self._base is self._outer
 
     def __enter__(self) -> RowSelector:
@@ -70,12 +71,12 @@ class RowSelector:
     @contextmanager
     def selecting(self, tokens: Tensor | None) -> Iterator[None]:
         """Within the block, forwards compute logits at `tokens` (flat indices into B*S) only; all if `None`."""
-        before = self._tokens, self._rows
-        self._tokens, self._rows = tokens, None
+        before = self._tokens, self._rows, self._fired
+        self._tokens, self._rows, self._fired = tokens, None, False
         try:
             yield
         finally:
-            self._tokens, self._rows = before
+            self._tokens, self._rows, self._fired = before
 
     def reduced(self, logits: Tensor, reduce: Callable[[slice, Tensor], Tensor]) -> Tensor:
         """`reduce(part, logits [c, V])` over chunks of the chosen positions, joined: `[n, ...]`.
@@ -83,7 +84,11 @@ class RowSelector:
         Args:
             logits (`Tensor`): of the forward inside this `selecting` block.
             reduce (`Callable`): maps a slice of the positions and their logits to one row for each.
+
+        Raises:
+            ValueError: the forward ignored the selector's hook.
         """
+        self._ensure_fired()
         rows = self._rows
         if rows is None:
             return reduce(slice(None), self.at(logits, slice(None)))
@@ -99,6 +104,7 @@ class RowSelector:
 
     def at(self, logits: Tensor, part: slice) -> Tensor:
         """Logits `[c, V]` of a slice of the chosen positions; `logits` are those of the forward."""
+        self._ensure_fired()
         return logits[0, part] if self._rows is None else self._logits(self._rows[part])
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -109,6 +115,13 @@ class RowSelector:
         autocast = torch.autocast(**self._autocast)
         with self._quiet(), self.selecting(None), autocast, patched({self._base: stub}):
             return self._outer(input_ids=tokens, use_cache=False).logits[0]
+
+    def _ensure_fired(self) -> None:
+        if self._tokens is not None and not self._fired:
+            raise ValueError(
+                "The forward ignored the hook that selects positions, as a model does that was compiled before the "
+                "hook was there; attach the selector first, then call torch.compile."
+            )
 
     def _chunked(self) -> bool:
         many = self._tokens is not None and len(self._tokens) * self._vocabulary > CHUNK_ELEMENTS
@@ -124,6 +137,7 @@ class RowSelector:
     def _select(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self._tokens is None or not self._due:
             return None
+        self._fired = True
         self._due = self._base is self._outer  # another model may share this head
         hidden, tokens = args[0], self._tokens[:1] if self._chunked() else self._tokens
         return (hidden.reshape(-1, hidden.shape[-1])[tokens].unsqueeze(0), *args[1:])

@@ -149,22 +149,19 @@ def _require_whole(path: str, model: PreTrainedModel, info: Mapping[str, Any], h
     )
 
 
-def own_labels(path: str) -> dict[str, int] | None:
-    """The names of a saved classifier's classes (none if they are only numbered); `None` if it is no classifier."""
+def own_labels(path: str | Path) -> dict[str, int] | None:
+    """The number of each class that a saved classifier's config names; `None` if it is no classifier's."""
     from transformers import AutoConfig
 
-    if Path(path).exists() and not (Path(path) / "config.json").exists():
+    if Path(path).exists() and not (Path(path) / "config.json").exists():  # an adapter
         return None
     config = AutoConfig.from_pretrained(path)
-    if not (config.architectures or [""])[0].endswith("ForSequenceClassification"):
-        return None
-    return label_names(config)
+    return label_names(config) if (config.architectures or [""])[0].endswith("ForSequenceClassification") else None
 
 
 def label_names(config: Any) -> dict[str, int]:
-    """The class of each name in a config; none where it only numbers them (`LABEL_0`, ...)."""
-    names = {str(name): int(number) for number, name in (getattr(config, "id2label", None) or {}).items()}
-    return {} if all(name == f"LABEL_{number}" for name, number in names.items()) else names
+    """The number of each class that a config names."""
+    return {str(name): int(number) for number, name in (getattr(config, "id2label", None) or {}).items()}
 
 
 def _precision(path: str, dtype: str) -> dict[str, Any]:

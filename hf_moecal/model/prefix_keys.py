@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..versions import CACHE_NAMES
+
 
 _UNRELATED = (  # settings that no hidden state depends on
     *("_name_or_path", "architectures", "id2label", "label2id", "problem_type", "transformers_version"),
     *("use_cache", "output_router_logits", "router_aux_loss_coef"),
 )
-_SHAPING = ("position_ids", "inputs_embeds", "token_type_ids", "past_key_values")
+_SHAPING = ("position_ids", "inputs_embeds", "token_type_ids", *CACHE_NAMES)
 
 
 def fingerprint(modules: list[nn.Module], config: Any) -> str:

@@ -13,12 +13,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..calibration import Calibrator, TemperatureCalibrator
-from ..calibration.base import TABLE_CALIBRATOR, left_to_table
+from ..calibration.base import CALIBRATION, TABLE_CALIBRATOR, left_to_table
+from ..model.conditions import CONDITIONS, as_text, conditions_of
 from ..model.prefix_cache import PrefixCache, fingerprint
 from ..probes import hard_routing
 from ..probes.certify import evaluating
-from ..readouts.attached import ATTACHED, CALIBRATED_READOUT
-from ..readouts.committee import count_members
+from ..readouts.committee import ATTACHED, CALIBRATED_READOUT, count_members
 from ..readouts.mixture import Readout
 from ..table import COLUMNS, SCORINGS, read_table
 from ..tasks import TASKS
@@ -50,7 +50,7 @@ def predict(
     example: str = "sequence",
     layer: int | None = -1,
     readout: str | None = None,
-    readout_experts: int | None = None,
+    readout_experts: int | str | None = None,
     hard_top_k: int | None = None,
     prefix: PrefixCache | None = None,
     output: str | Path | None = None,
@@ -92,7 +92,7 @@ def predict(
             `"native"`, or what a classifier loaded by [`~hf_moecal.from_pretrained`] predicts by. Of a mixture the
             table's experts are those that are mixed, with their shares as `expert_weights`, and a column `readout`
             names it.
-        readout_experts (`int`, *optional*): with `readout="soft_mixture"`, mix only so many.
+        readout_experts (`int` or `"auto"`, *optional*): with `readout="soft_mixture"`, mix only so many.
         hard_top_k (`int`, *optional*): predict under [`~hf_moecal.hard_routing`] with this many experts per token.
         prefix ([`~hf_moecal.model.prefix_cache.PrefixCache`], *optional*): entered cache through which the model runs.
         output (`str` or `Path`, *optional*): Parquet file. Finished rows go to `<output>.parts/` as they come, so that
@@ -102,6 +102,8 @@ def predict(
 
     Returns:
         `datasets.Dataset`: the predictions table, in the order of `dataset`; its columns are in [`hf_moecal.table`].
+        The column `conditions` says under what dtype, attention and experts implementation, and quantization, they
+        were predicted, for the calibration that is fitted on them.
         `id` is the row number unless the dataset has that column.
 
     Raises:
@@ -146,8 +148,9 @@ def predict(
         stack.enter_context(reader)
         constant = {"group": group, "readout": reader.readout.name}
         constant["scoring"] = scoring if task == "choice" else None
-        constant["calibration"] = None if calibrator is None else calibrator.method
+        constant[CONDITIONS] = as_text(conditions_of(model))
         if calibrator is not None:
+            constant[CALIBRATION] = calibrator.method
             stack.enter_context(left_to_table(model))
         made = _Making(model, dataset, reader, batch_size, constant, calibrator, progress)
         if output is None:
@@ -270,7 +273,7 @@ def _dataset(tables: Sequence[Table]) -> Dataset:
     return Dataset(InMemoryTable(pa.concat_tables(whole)))
 
 
-def _readout(model: nn.Module, task: str, kind: str | None, experts: int | None) -> Readout:
+def _readout(model: nn.Module, task: str, kind: str | None, experts: int | str | None) -> Readout:
     attached = getattr(model, ATTACHED, None)
     if attached is None:
         return Readout(kind or "native", experts, members=count_members(model))

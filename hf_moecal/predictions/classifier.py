@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ..model.head import pooled_positions
+from ..model.labels import class_numbers
 from ..model.loading import label_names
 from ..model.prefix_cache import PrefixCache
 from ..objectives import check_labels
 from ..probes import RoutingRecord
 from ..probes.agreement import disagreement, regret
-from ..readouts.attached import ATTACHED, AttachedReadout
+from ..readouts.attached import AttachedReadout
+from ..readouts.committee import ATTACHED
 from ..readouts.mixture import Readout
 from ..table import IGNORED_LABEL
-from ..tasks.labels import class_numbers
 from ..tasks.targets import real_tokens, without_empty
 
 
@@ -60,10 +61,12 @@ class ClassifierReader:
 
     def __enter__(self) -> ClassifierReader:
         layer = -1 if self._layer is None else self._layer
-        own = AttachedReadout(self._model, self._readout, probed=self._layer is not None, layer=layer)
-        attached = getattr(self._model, ATTACHED, None)
         self._exit = ExitStack()
-        self._attached = self._exit.enter_context(own) if attached is None else attached
+        if hasattr(self._model, ATTACHED):
+            attached = getattr(self._model, ATTACHED).held()
+        else:
+            attached = AttachedReadout(self._model, self._readout, probed=self._layer is not None, layer=layer)
+        self._attached = self._exit.enter_context(attached)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..versions import cache_name, given_cache
+
 
 Forward = Callable[..., Any]
 
@@ -38,7 +40,7 @@ class Beginning(NamedTuple):
         """Inputs `[B, S]` of a forward that goes on from here."""
         mask = torch.cat([self.mask, inputs["attention_mask"]], 1)
         positions = _positions(mask)[:, self.mask.shape[1] :]
-        return {**inputs, "attention_mask": mask, "position_ids": positions, "past_key_values": self.cache}
+        return {**inputs, "attention_mask": mask, "position_ids": positions, cache_name(): self.cache}
 
 
 def begin(
@@ -55,7 +57,7 @@ def begin(
     mask = (torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]).long()
     inputs = {"input_ids": ids, "attention_mask": mask}
     inputs = {**inputs, "position_ids": _positions(mask)} if after is None else after.follow(inputs)
-    return Beginning(forward(**inputs, use_cache=True)["past_key_values"], inputs["attention_mask"])
+    return Beginning(given_cache(forward(**inputs, use_cache=True)), inputs["attention_mask"])
 
 
 def _positions(mask: Tensor) -> Tensor:

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from .agreement import among, disagreement, disagreement_and_regret, first_order_regret, losses, regret
 from .capture import Recorder, model_parts
-from .certify import Certificate, real_tokens
+from .certify import Certificate
 from .counterfactual import Counterfactuals
-from .router import full_shares
 from .routing import MoELayer, RoutingRecord, UnsupportedMoEError, find_moe_layers, hard_routing
 from .routing_load import RoutingStatistics, routing_statistics
 
@@ -41,6 +40,28 @@ class ExpertProbe:
     def __init__(self, recorder: Recorder) -> None:
         self.layers = recorder.layers
         self._answers = Counterfactuals(recorder)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Forwards inside this context are recorded; it can be entered again.
+
+        Raises:
+            ValueError: a layer is being probed already; the model is compiled already.
+        """
+        recorder = self._answers.recorder
+        _refuse_compiled(recorder.parts.model)
+        for chosen in self.layers:
+            if any(
+                getattr(hook, "__module__", None) == Recorder.__module__
+                for hook in chosen.module._forward_hooks.values()
+            ):
+                raise ValueError(f"{chosen.name} is being probed already; leave that probe first, or use it.")
+        with recorder.attached():
+            yield
+
+    def forget(self) -> None:
+        """Lets go of what the last forward left behind."""
+        self._answers.recorder.capture = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -86,13 +107,13 @@ class ExpertProbe:
     def router_shares(self, tokens: Tensor, *, layer: Layer = None) -> Tensor:
         """The router's distribution over all experts, also those that it did not select: `[n, E]`.
 
+        What the layer makes of its router's scores is found once, by the weights of many tokens (of a forward of
+        random ones, where the last forward had few), and then stands on the certificate.
+
         Raises:
             UnsupportedMoEError: no scores of the layer explain the weights that the model used.
         """
-        chosen, capture = self._layer(layer), self._answers.capture
-        scores = capture.scores.get(chosen.name, [])
-        everywhere = full_shares(scores, self.record_of(layer), chosen.num_experts, real_tokens(capture))
-        return everywhere[self._flat(tokens)]
+        return self._answers.shares(self._layer(layer))[self._flat(tokens)]
 
     # Predictions
 
@@ -207,7 +228,7 @@ class ExpertProbe:
         """
         flat, capture = self._flat(tokens), self._answers.capture
         labels = self._labels(flat, labels)
-        outputs = [capture.calls[layer.name].output for layer in self.layers]
+        outputs = [capture.call(layer.name).output for layer in self.layers]
         if not all(output.requires_grad for output in outputs):
             raise ValueError(
                 "first_order_regret needs the gradient of the loss: run the forward without torch.no_grad(), with at "
@@ -328,16 +349,15 @@ def probe_experts(model: nn.Module, layer: int | str | Sequence[int | str] = -1)
 
     ```
     """
+    probe = expert_probe(model, layer)
+    with probe.watching():
+        yield probe
+
+
+def expert_probe(model: nn.Module, layer: int | str | Sequence[int | str] = -1) -> ExpertProbe:
+    """A probe that watches nothing yet; see [`probe_experts`] for the arguments and [`ExpertProbe.watching`]."""
     layers = _choose(find_moe_layers(model), layer)
-    _refuse_compiled(model)
-    for chosen in layers:
-        if any(
-            getattr(hook, "__module__", None) == Recorder.__module__ for hook in chosen.module._forward_hooks.values()
-        ):
-            raise ValueError(f"{chosen.name} is being probed already; leave that probe first, or use it.")
-    recorder = Recorder(model_parts(model, layers), layers, replayed={chosen.name for chosen in layers})
-    with recorder.attached():
-        yield ExpertProbe(recorder)
+    return ExpertProbe(Recorder(model_parts(model, layers), layers, replayed={chosen.name for chosen in layers}))
 
 
 def _refuse_compiled(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .routing import MoELayer, UnsupportedMoEError, bind_experts, hooked
+from ..versions import given_cache, with_cache
+from .experts import ExpertCall
+from .routing import MoELayer, UnsupportedMoEError, hooked
+
+
+class _Replays(threading.local):
+    """How many replays of a model's own forward surround what this thread does: they are no forwards of the user's."""
+
+    depth = 0
+
+
+replays = _Replays()
 
 
 @dataclass(frozen=True)
@@ -81,8 +93,18 @@ def model_parts(model: nn.Module, layers: list[MoELayer]) -> ModelParts:
         blocks = list(path[depth])
         sites[layer.name] = Site(blocks, blocks.index(path[depth + 1]), _siblings(path[depth + 1 :]))
     tops = [child for owner, blocks in owners.items() for child in owner.children() if child is not blocks]
-    base = getattr(outer, outer.base_model_prefix, outer)
+    base = base_of(outer)
     return ModelParts(model, outer, base, [layer.module for layer in layers], tops, sites)
+
+
+def base_of(outer: nn.Module) -> nn.Module:
+    """What a transformers model calls to get `last_hidden_state`; itself where it has no head."""
+    from transformers import PreTrainedModel
+
+    base = getattr(outer, outer.base_model_prefix, outer)
+    if base is outer and outer.get_output_embeddings() is not None:  # a prefix that names no module, as in Llama 4
+        base = next((child for child in outer.children() if isinstance(child, PreTrainedModel)), outer)
+    return base
 
 
 def _path(model: nn.Module, name: str) -> list[nn.Module]:
@@ -104,22 +126,6 @@ def _siblings(chain: list[nn.Module]) -> list[nn.Module]:
 
 
 @dataclass
-class ExpertCall:
-    """One call of an experts module: its three inputs, flat over the tokens, and its output as it came."""
-
-    hidden: Tensor
-    index: Tensor
-    weights: Tensor
-    output: Tensor
-
-    @classmethod
-    def of(cls, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> ExpertCall:
-        """From what a hook is given."""
-        hidden, index, weights = bind_experts(module, args, kwargs)
-        return cls(hidden.reshape(-1, hidden.shape[-1]), index, weights, output)
-
-
-@dataclass
 class Capture:
     """What one forward of the base model left behind.
 
@@ -131,7 +137,9 @@ class Capture:
         calls (`dict`): by name of the MoE layer.
         tops (`dict`): first input and output of the modules beside the decoder layers.
         blocks (`dict`): outputs of the decoder layers.
-        scores (`dict`): per MoE layer, what its siblings gave with one column per expert, such as the router's scores.
+        scores (`dict`): per MoE layer, what its siblings gave with one column per expert, such as the router's scores,
+            by sibling and position in its output.
+        given (`dict`): input of the block of each MoE layer whose weights scale what its experts read.
         before (`dict`): per MoE layer, outputs of its siblings that had finished before its experts ran.
         output (`ModelOutput`): of the base model.
     """
@@ -143,9 +151,31 @@ class Capture:
     calls: dict[str, ExpertCall] = field(default_factory=dict)
     tops: dict[nn.Module, tuple[Tensor, Any]] = field(default_factory=dict)
     blocks: dict[nn.Module, Any] = field(default_factory=dict)
-    scores: dict[str, list[Tensor]] = field(default_factory=dict)
+    scores: dict[str, dict[tuple[nn.Module, int], Tensor]] = field(default_factory=dict)
+    given: dict[str, Tensor] = field(default_factory=dict)
     before: dict[str, dict[nn.Module, list[Any]]] = field(default_factory=dict)
     output: Any = None
+
+    def call(self, name: str) -> ExpertCall:
+        """The call of an MoE layer.
+
+        Raises:
+            UnsupportedMoEError: the layer did not run as a module, or on some of the tokens only.
+        """
+        if name not in self.calls:
+            raise UnsupportedMoEError(
+                f"{name} did not run in the last forward, or its hook was ignored: the input may need other experts "
+                "(name the layer whose experts it needs), the model may have been compiled before the hook was there "
+                "(attach it before torch.compile), or its block may call the experts in another way than as a module, "
+                "as MXFP4 kernels do (load the model with quantization_config=Mxfp4Config(dequantize=True))."
+            )
+        call, tokens = self.calls[name], self.last_hidden.shape[:-1].numel()
+        if len(call.index) != tokens:
+            raise UnsupportedMoEError(
+                f"{name} saw {len(call.index)} of the {tokens} tokens and does not say which (as experts for one "
+                "modality do), so nobody can tell whose routing it is; give inputs whose tokens all pass it."
+            )
+        return call
 
     @property
     def last_hidden(self) -> Tensor:
@@ -169,12 +199,13 @@ class Recorder:
         self.replayed = replayed
         self.capture: Capture | None = None
         self._open: Capture | None = None
-        self.muted = False
+        self.muted = True
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """The hooks are there inside this context only; compiled code that still calls them later records nothing."""
         handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.muted, self._depth = False, replays.depth
         with hooked(handles):
             handles.append(self.parts.base.register_forward_pre_hook(self._begin, with_kwargs=True))
             for top in self.parts.tops:
@@ -184,12 +215,27 @@ class Recorder:
             for layer in self.layers:
                 for sibling in self.parts.sites[layer.name].siblings:
                     handles.append(sibling.register_forward_hook(self._see_sibling(layer)))
-                handles.append(layer.module.register_forward_hook(self._see_experts(layer.name), with_kwargs=True))
+                handles.append(layer.module.register_forward_hook(self._see_experts(layer), with_kwargs=True))
+                if layer.scales_inputs:
+                    handles.append(self._block(layer).register_forward_pre_hook(self._see_input(layer.name)))
             handles.append(self.parts.base.register_forward_hook(self._end))
             try:
                 yield
             finally:
                 self.muted, self._open = True, None
+
+    def seen(self) -> Capture:
+        """What the last forward left behind.
+
+        Raises:
+            ValueError: there was none.
+        """
+        if self.capture is None:
+            raise ValueError(
+                "The probe has seen no forward: run the model inside `with probe_experts(model)`. Where it was "
+                "compiled, attach the probe before torch.compile, which ignores hooks that come later."
+            )
+        return self.capture
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -206,12 +252,12 @@ class Recorder:
         return None if self.muted else self._open
 
     def _begin(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.muted:
+        if self.muted or replays.depth != self._depth:
             return
         names = inspect.signature(base.forward).parameters
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if inputs.get("past_key_values") is not None:
-            inputs["past_key_values"] = self._cache_before(inputs["past_key_values"])
+        if given_cache(inputs) is not None:
+            inputs = with_cache(inputs, self._cache_before(given_cache(inputs)))
         self._open = Capture(inputs, autocast_state(base), torch.is_grad_enabled(), frozenset(self.replayed))
 
     def _cache_before(self, cache: Any) -> Any:
@@ -231,14 +277,27 @@ class Recorder:
             capture, name = self._recording, layer.name
             if capture is None or name in capture.calls:
                 return
-            per_expert = [leaf for leaf in tree_leaves(output) if has_columns(leaf, layer.num_experts)]
-            capture.scores.setdefault(name, []).extend(per_expert)
+            for place, leaf in enumerate(tree_leaves(output)):
+                if has_columns(leaf, layer.num_experts):
+                    capture.scores.setdefault(name, {}).setdefault((module, place), leaf)
             if name in capture.replayed:
                 capture.before.setdefault(name, {}).setdefault(module, []).append(output)
 
         return hook
 
-    def _see_experts(self, name: str) -> Callable[..., None]:
+    def _block(self, layer: MoELayer) -> nn.Module:
+        return self.parts.model.get_submodule(layer.name.rpartition(".")[0])
+
+    def _see_input(self, name: str) -> Callable[..., None]:
+        def hook(block: nn.Module, args: tuple) -> None:
+            if self._recording is not None:
+                self._recording.given.setdefault(name, args[0])
+
+        return hook
+
+    def _see_experts(self, layer: MoELayer) -> Callable[..., None]:
+        name = layer.name
+
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
             capture = self._recording
             if capture is None:
@@ -251,7 +310,8 @@ class Recorder:
                     "checkpointing, which would give silently wrong gradients; make it non-reentrant: "
                     '{"use_reentrant": False} among the checkpointing arguments.'
                 )
-            capture.calls[name] = ExpertCall.of(module, args, kwargs, output)
+            given, scores = capture.given.get(name), capture.scores.get(name, {})
+            capture.calls[name] = ExpertCall.of(layer, args, kwargs, output, given, scores)
 
         return hook
 

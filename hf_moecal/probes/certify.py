@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Capture, ModelParts, Recorder
+from .experts import replaced_at, run_experts, together
+from .precise import exact_paths, projection
 from .replay import (
     Reroute,
-    delta_logits,
+    delta_hidden,
     final_norm,
     fresh,
-    gather_logits,
+    gather_hidden,
     own_cache,
-    prefix_logits,
+    prefix_hidden,
     replaying,
-    run_experts,
     tail,
     take_rows,
 )
@@ -29,6 +30,7 @@ from .sharding import is_sharded, of_first_process, unsharded
 
 
 _TOLERANCE = 1e-5  # of the logits' scale, in float32
+_NEAR = 2  # times the nearest path's own error, where only a low precision can tell
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Certificate:
         layer (`str`): name of the MoE layer.
         coefficient (`float`, *optional*): what the final hidden state receives of a change of the experts' output;
             "delta" only.
+        link (`str`, *optional*): what the layer makes of its router's scores, such as "softmax"; known once the
+            router's distribution over all experts was asked for.
     """
 
     path: str
@@ -51,6 +55,7 @@ class Certificate:
     effect: float
     layer: str
     coefficient: float | None = None
+    link: str | None = None
 
 
 def columns_of(parts: ModelParts, layer: MoELayer, capture: Capture) -> int:
@@ -61,10 +66,13 @@ def columns_of(parts: ModelParts, layer: MoELayer, capture: Capture) -> int:
     Raises:
         UnsupportedMoEError: the experts' output is not the weighted sum of what each gives alone.
     """
-    call, gap = capture.calls[layer.name], float("nan")
+    call, gap = capture.call(layer.name), float("nan")
     tokens = torch.unique(real_tokens(capture)[[0, -1]])
     with torch.no_grad(), replaying(parts, capture.autocast):
-        whole = run_experts(parts, layer, call.hidden[tokens], call.index[tokens], call.weights[tokens])
+        if layer.scales_inputs:
+            whole = together(layer, call.output)[tokens]
+        else:
+            whole = run_experts(parts, layer, call.hidden[tokens], call.index[tokens], call.weights[tokens])
         for columns in (1, 2):
             try:
                 route = Reroute.to(parts, layer, call, tokens, call.index[tokens], columns=columns)
@@ -84,9 +92,11 @@ def counterfactual_logits(
 ) -> Tensor:
     """Logits `[n, m, V]` of the rerouted tokens, by the path that the certificate names."""
     if certificate.path == "delta":
-        return delta_logits(parts, capture, route, certificate.coefficient)
-    path = {"gather": gather_logits, "prefix": prefix_logits}[certificate.path]
-    return path(parts, capture, layer, route)
+        hidden = delta_hidden(parts, capture, route, certificate.coefficient)
+    else:
+        path = {"gather": gather_hidden, "prefix": prefix_hidden}[certificate.path]
+        hidden = path(parts, capture, layer, route)
+    return tail(parts, capture, hidden.flatten(0, 1).unsqueeze(1)).reshape(*route.alone.shape[:2], -1)
 
 
 def certify(parts: ModelParts, layer: MoELayer, capture: Capture, columns: int) -> Certificate:
@@ -104,7 +114,7 @@ def certify(parts: ModelParts, layer: MoELayer, capture: Capture, columns: int) 
         if is_sharded(parts):
             inputs = of_first_process(inputs, capture.last_hidden.device)
         logits, seen = _observed(parts, layer, inputs)
-        call, tokens = seen.calls[layer.name], _certified_tokens(parts, seen, logits)
+        call, tokens = seen.call(layer.name), _certified_tokens(parts, seen, logits)
         route = Reroute.to(parts, layer, call, tokens, call.index[tokens], columns=columns)
         plain = tail(parts, seen, seen.last_hidden.flatten(0, 1)[tokens].unsqueeze(1)).unsqueeze(1)
         truth, changes = brute_force(parts, layer, seen, inputs, route)
@@ -113,29 +123,58 @@ def certify(parts: ModelParts, layer: MoELayer, capture: Capture, columns: int) 
             route = _pushed(parts, seen, route)
             truth, changes = brute_force(parts, layer, seen, inputs, route)
         scale, effect = float(truth.abs().max()), float((truth - plain).abs().max())
-        untried = Certificate("", tolerance * scale, scale, effect, layer.name, _coefficient(route, changes))
-        return _cheapest(parts, seen, layer, route, truth, untried)
+        coefficient = projection(route.alone - route.together, changes)
+        untried = Certificate("", tolerance * scale, scale, effect, layer.name, coefficient)
+        exact = None if tolerance == _TOLERANCE else _exact_paths(parts, seen, layer, route)
+        return _cheapest(parts, seen, layer, route, truth, untried, exact)
+
+
+def _exact_paths(parts: ModelParts, seen: Capture, layer: MoELayer, route: Reroute) -> dict[str, float | None] | None:
+    """The paths that are exact in float32, or nothing where that cannot be found out."""
+    try:
+        norm = final_norm(parts, seen)[0]
+    except UnsupportedMoEError:
+        norm = None
+    try:
+        return None if is_sharded(parts) else exact_paths(parts, seen, layer, _pushed(parts, seen, route), norm)
+    except Exception:  # whatever unknown code raises that was not made for float32
+        return None
 
 
 def _cheapest(
-    parts: ModelParts, seen: Capture, layer: MoELayer, route: Reroute, truth: Tensor, untried: Certificate
+    parts: ModelParts,
+    seen: Capture,
+    layer: MoELayer,
+    route: Reroute,
+    truth: Tensor,
+    untried: Certificate,
+    exact: dict[str, float | None] | None,
 ) -> Certificate:
-    misses = []
+    """The first of the paths that are exact by structure, or that are nearly as near to brute force as the nearest."""
+    tried, misses = [], []
     for path in ("delta", "gather", "prefix"):
-        trial = replace(untried, path=path)
+        if exact is not None and path not in exact:
+            misses.append(f"{path} is off in float32")
+            continue
+        coefficient = untried.coefficient if exact is None else exact[path]
+        trial = replace(untried, path=path, coefficient=coefficient if path == "delta" else None)
         try:
             found = counterfactual_logits(parts, seen, layer, route, trial)
         except Exception as failure:  # whatever a replay of unknown code raises, it is no path for it
             misses.append(f"{path} fails ({type(failure).__name__}: {failure})")
             continue
-        error = float((found - truth).abs().max())
-        if error <= untried.error:
-            return replace(trial, error=error, coefficient=trial.coefficient if path == "delta" else None)
-        misses.append(f"{path} is off by {error:.2g}")
-    raise UnsupportedMoEError(
-        f"No path gives the counterfactual logits of {layer.name}, which reach {untried.scale:.2g}: "
-        f"{'; '.join(misses)}."
-    )
+        tried.append(replace(trial, error=float((found - truth).abs().max())))
+    certified = [each for each in tried if each.error <= untried.error]
+    if not certified:
+        misses += [f"{each.path} is off by {each.error:.2g}" for each in tried]
+        raise UnsupportedMoEError(
+            f"No path gives the counterfactual logits of {layer.name}, which reach {untried.scale:.2g}: "
+            f"{'; '.join(misses)}."
+        )
+    if exact is not None or untried.error <= _TOLERANCE * untried.scale:
+        return certified[0]
+    nearest = min(each.error for each in certified)
+    return next(each for each in certified if each.error <= _NEAR * nearest)
 
 
 def _tolerance(dtype: torch.dtype, capture: Capture) -> float:
@@ -162,14 +201,14 @@ def _observed(parts: ModelParts, layer: MoELayer, inputs: dict[str, Any]) -> tup
     return logits, recorder.capture
 
 
-def _coefficient(route: Reroute, changes: Tensor) -> float:
-    """What the final norm's input received of the change of the experts' output, in the least-squares sense."""
-    change = route.alone - route.together
-    if changes.shape != change.shape or not change.any():
-        return 1.0
-    change, changes = change.double(), changes.double()
-    coefficient = float((change * changes).sum() / change.square().sum())
-    return 1.0 if abs(coefficient - 1) < 1e-4 else coefficient
+def observe_random(parts: ModelParts, layer: MoELayer, count: int) -> Capture:
+    """What a forward of random tokens, in evaluation mode and without gradient, leaves behind of one layer."""
+    vocabulary = parts.outer.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
+    recorder = Recorder(parts, [layer], replayed=set())
+    with torch.no_grad(), evaluating(parts.outer), recorder.attached():
+        parts.base(input_ids=ids.to(next(parts.base.parameters()).device), use_cache=False)
+    return recorder.capture
 
 
 def _mask(capture: Capture) -> Tensor:
@@ -215,8 +254,7 @@ def _rerouted(
     parts: ModelParts, layer: MoELayer, inputs: dict[str, Any], token: Tensor, alone: Tensor
 ) -> tuple[Tensor, Capture]:
     def replace_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        flat = output.reshape(-1, output.shape[-1])
-        return flat.index_copy(0, token[None], alone[None].to(flat.dtype)).reshape(output.shape)
+        return replaced_at(layer, output, token, alone)
 
     handles = [layer.module.register_forward_hook(replace_output)]
     head = parts.outer.get_output_embeddings()

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .capture import Capture, ExpertCall, Recorder
-from .certify import Certificate, certify, columns_of, counterfactual_logits
-from .replay import Reroute, consult, replaying, tail
-from .routing import MoELayer
+from .capture import Capture, Recorder
+from .certify import Certificate, certify, columns_of, counterfactual_logits, observe_random, real_tokens
+from .experts import ExpertCall, consult
+from .replay import Reroute, replaying, tail
+from .router import RouterLink, find_link, full_shares
+from .routing import MoELayer, RoutingRecord
 from .sharding import is_sharded, most
 
 
 _CHUNK_ELEMENTS = 2**24  # logits, or hidden states of whole sequences, of one chunk of tokens
+
+_MANY = 256  # tokens that tell what a router's scores are made into
 
 
 class Counterfactuals:
@@ -26,17 +31,13 @@ class Counterfactuals:
         self.recorder = recorder
         self.parts = recorder.parts
         self._columns: dict[str, int] = {}
+        self._links: dict[str, RouterLink] = {}
         self._certificates: dict[tuple, Certificate] = {}
 
     @property
     def capture(self) -> Capture:
         """The last forward."""
-        if self.recorder.capture is None:
-            raise ValueError(
-                "The probe has seen no forward: run the model inside `with probe_experts(model)`. Where it was "
-                "compiled, attach the probe before torch.compile, which ignores hooks that come later."
-            )
-        return self.recorder.capture
+        return self.recorder.seen()
 
     @property
     def in_step(self) -> bool:
@@ -45,12 +46,7 @@ class Counterfactuals:
 
     def call(self, layer: MoELayer) -> ExpertCall:
         """The layer's call in the last forward."""
-        if layer.name not in self.capture.calls:
-            raise ValueError(
-                f"{layer.name} did not run in the last forward, or its hook was ignored; attach the probe before "
-                "torch.compile."
-            )
-        return self.capture.calls[layer.name]
+        return self.capture.call(layer.name)
 
     def certificate(self, layer: MoELayer) -> Certificate:
         """Computed once for each mode of the model, on the last forward's inputs."""
@@ -63,7 +59,43 @@ class Counterfactuals:
                 self.recorder.replayed.discard(layer.name)
             else:
                 self.recorder.replayed.add(layer.name)
-        return self._certificates[mode]
+        link = self._links.get(layer.name)
+        return replace(self._certificates[mode], link=None if link is None else link.link)
+
+    def link(self, layer: MoELayer) -> RouterLink:
+        """What the layer makes of its router's scores; found once, on many tokens."""
+        if layer.name not in self._links:
+            capture = self._telling(layer)
+            call, real = capture.call(layer.name), real_tokens(capture)
+            record = RoutingRecord(call.index, call.weights, capture.batch_shape)[real]
+            count = len(call.index)
+            scores = {
+                source: each.reshape(count, -1)[real]
+                for source, each in capture.scores.get(layer.name, {}).items()
+                if each.numel() == count * layer.num_experts
+            }
+            self._links[layer.name] = find_link(scores, record, layer.num_experts)
+        return self._links[layer.name]
+
+    def _telling(self, layer: MoELayer) -> Capture:
+        """The last forward, or one of random tokens where it had few."""
+        few = len(real_tokens(self.capture)) < _MANY
+        if not few or self.in_step:  # else all processes would have to join in
+            return self.capture
+        try:
+            with self._replay(self.capture):
+                more = observe_random(self.parts, layer, _MANY)
+        except Exception:  # a model that takes more than token ids
+            return self.capture
+        # Where a cache gives what comes before the layer, it gives no more than it has.
+        return max(more, self.capture, key=lambda capture: len(real_tokens(capture)))
+
+    def shares(self, layer: MoELayer) -> Tensor:
+        """The router's distribution over all experts at every token of the last forward: `[T, E]`."""
+        call, capture = self.call(layer), self.capture
+        record = RoutingRecord(call.index, call.weights, capture.batch_shape)
+        scores = capture.scores.get(layer.name, {})
+        return full_shares(scores, self.link(layer), record, layer.num_experts, real_tokens(capture))
 
     def logits(self, flat: Tensor) -> Tensor:
         """The model's own logits `[n, V]`."""
@@ -119,7 +151,7 @@ class Counterfactuals:
 
     def _route(self, capture: Capture, layer: MoELayer, flat: Tensor, ids: Tensor, columns: int) -> Reroute:
         with self._replay(capture):
-            return Reroute.to(self.parts, layer, capture.calls[layer.name], flat, ids, columns=columns)
+            return Reroute.to(self.parts, layer, capture.call(layer.name), flat, ids, columns=columns)
 
     def _logits(self, capture: Capture, flat: Tensor) -> Tensor:
         hidden = capture.last_hidden.flatten(0, 1)[flat].unsqueeze(1)

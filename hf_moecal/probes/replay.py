@@ -12,7 +12,6 @@ y = sum_j w_j E_j. Three ways lead from there to the logits, each exact for some
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .capture import Capture, ExpertCall, ModelParts
-from .routing import MoELayer, UnsupportedMoEError
+from ..versions import CACHE_NAMES, given_cache, with_cache
+from .capture import Capture, ModelParts, replays
+from .experts import ExpertCall, as_output, consult, run_experts
+from .routing import MoELayer, UnsupportedMoEError, uncompiled
 from .sharding import unsharded
 
 
@@ -63,14 +64,19 @@ def without_checkpointing(modules: Iterable[nn.Module]) -> Iterator[None]:
 def replaying(parts: ModelParts, autocast: dict[str, Any]) -> Iterator[None]:
     """The setting of every replay: no checkpointing, no compiled code, the random state kept, chosen positions off."""
     with ExitStack() as stack:
+        replays.depth += 1
+        stack.callback(_leave)
         stack.enter_context(without_checkpointing(parts.checkpointable))
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(uncompiled())
         if parts.outer.training:
             stack.enter_context(torch.random.fork_rng(devices=_accelerators(parts.outer)))
         stack.enter_context(torch.autocast(**autocast))
         stack.enter_context(_muted_head(parts.outer))
         yield
+
+
+def _leave() -> None:
+    replays.depth -= 1
 
 
 def _accelerators(model: nn.Module) -> list[torch.device]:
@@ -138,24 +144,6 @@ def _real_token(outer: nn.Module) -> int:
     return 1 if outer.config.get_text_config().pad_token_id == 0 else 0
 
 
-def run_experts(parts: ModelParts, layer: MoELayer, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """The experts' weighted output `[T, H]`."""
-    with unsharded(parts, layer.module):
-        return layer.module(hidden, index, weights).reshape(len(hidden), -1)
-
-
-def consult(
-    parts: ModelParts, layer: MoELayer, call: ExpertCall, tokens: Tensor, index: Tensor, *, columns: int
-) -> Tensor:
-    """E_k of some tokens: `[n]` flat positions and `[n, k]` expert ids to `[n, k, H]`, in one call of the experts."""
-    rows, k = index.shape
-    hidden = call.hidden[tokens].repeat_interleave(k, dim=0)
-    weights = call.weights.new_zeros(rows * k, columns)
-    weights[:, 0] = 1
-    outputs = run_experts(parts, layer, hidden, index.reshape(-1, 1).expand(-1, columns), weights)
-    return outputs.reshape(rows, k, -1)
-
-
 @dataclass(frozen=True)
 class Reroute:
     """Tokens and what the experts put out for each when one expert gets the whole routing mass S.
@@ -179,6 +167,9 @@ class Reroute:
         y is computed, never taken from the forward: some blocks add to the experts' output in place.
         """
         index, weights = call.index[tokens], call.weights[tokens]
+        if layer.scales_inputs:
+            alone = consult(parts, layer, call, tokens, ids, columns=columns, mass=weights.sum(-1))
+            return cls(tokens, alone, run_experts(parts, layer, call.hidden[tokens], index, weights).unsqueeze(1))
         outputs = consult(parts, layer, call, tokens, ids, columns=columns)
         scale = weights.unsqueeze(-1).to(outputs.dtype)
         where = (index.unsqueeze(-1) == ids.unsqueeze(1)).byte()
@@ -190,19 +181,18 @@ class Reroute:
         return cls(tokens, scale.sum(1, keepdim=True) * outputs, together)
 
 
-def delta_logits(parts: ModelParts, capture: Capture, route: Reroute, coefficient: float) -> Tensor:
-    """Logits `[n, m, V]` through the final norm and the head alone."""
+def delta_hidden(parts: ModelParts, capture: Capture, route: Reroute, coefficient: float) -> Tensor:
+    """Last hidden states `[n, m, H]` through the final norm alone."""
     norm, before = final_norm(parts, capture)
     hidden = before.flatten(0, 1)[route.tokens].unsqueeze(1) + coefficient * (route.alone - route.together)
     with unsharded(parts, norm):
-        hidden = norm(hidden.flatten(0, 1).unsqueeze(1))
-    return tail(parts, capture, hidden).reshape(*route.alone.shape[:2], -1)
+        return norm(hidden.flatten(0, 1).unsqueeze(1)).reshape(route.alone.shape)
 
 
 def final_norm(parts: ModelParts, capture: Capture) -> tuple[nn.Module, Tensor]:
     """The module that gave `last_hidden_state`, and what it was given."""
     last = capture.last_hidden
-    for module, (given, result) in capture.tops.items():
+    for module, (given, result) in reversed(capture.tops.items()):  # the last that ran, where several agree
         if not isinstance(result, Tensor) or result.shape != last.shape:
             continue
         if result is last or torch.equal(result, last):
@@ -210,8 +200,8 @@ def final_norm(parts: ModelParts, capture: Capture) -> tuple[nn.Module, Tensor]:
     raise UnsupportedMoEError(f"{type(parts.base).__name__} ends in no module that gives its last hidden state.")
 
 
-def gather_logits(parts: ModelParts, capture: Capture, layer: MoELayer, route: Reroute) -> Tensor:
-    """Logits `[n, m, V]` through the layer's own decoder layer and the tail, on the probed tokens alone."""
+def gather_hidden(parts: ModelParts, capture: Capture, layer: MoELayer, route: Reroute) -> Tensor:
+    """Last hidden states `[n, m, H]` through the layer's own decoder layer on, on the probed tokens alone."""
     repeated = route.tokens.repeat_interleave(route.alone.shape[1])
 
     def select(value: Tensor) -> Tensor:
@@ -220,23 +210,22 @@ def gather_logits(parts: ModelParts, capture: Capture, layer: MoELayer, route: R
     names = ("input_ids", "inputs_embeds", "position_ids")
     inputs = {name: select(value) for name, value in capture.inputs.items() if name in names and value is not None}
     hidden = _replay(parts, capture, layer, inputs, select, route.alone.flatten(0, 1).unsqueeze(1))
-    return tail(parts, capture, hidden).reshape(*route.alone.shape[:2], -1)
+    return hidden.reshape(route.alone.shape)
 
 
-def prefix_logits(parts: ModelParts, capture: Capture, layer: MoELayer, route: Reroute) -> Tensor:
-    """Logits `[n, m, V]` through whole sequences from the layer's own decoder layer on, one per token and expert."""
-    call, (batch, length) = capture.calls[layer.name], capture.batch_shape
+def prefix_hidden(parts: ModelParts, capture: Capture, layer: MoELayer, route: Reroute) -> Tensor:
+    """Last hidden states `[n, m, H]`: whole sequences from the layer's own decoder layer on, per token and expert."""
+    call, (batch, length) = capture.call(layer.name), capture.batch_shape
     repeated = route.tokens.repeat_interleave(route.alone.shape[1])
     rows, place = repeated // length, torch.arange(len(repeated), device=repeated.device) * length + repeated % length
 
     def select(value: Tensor) -> Tensor:
         return _at_rows(value, (batch, length), rows)
 
-    experts = select(run_experts(parts, layer, call.hidden, call.index, call.weights))
-    experts = experts.index_copy(0, place, route.alone.flatten(0, 1).to(experts.dtype)).unflatten(0, (-1, length))
+    experts = select(run_experts(parts, layer, call.hidden, call.index, call.weights)).to(route.alone.dtype)
+    experts = experts.index_copy(0, place, route.alone.flatten(0, 1)).unflatten(0, (-1, length))
     hidden = _replay(parts, capture, layer, take_rows(capture.inputs, batch, rows), select, experts)
-    hidden = hidden.flatten(0, 1)[place].unsqueeze(1)
-    return tail(parts, capture, hidden).reshape(*route.alone.shape[:2], -1)
+    return hidden.flatten(0, 1)[place].reshape(route.alone.shape)
 
 
 def _replay(
@@ -252,8 +241,8 @@ def _replay(
     stubs = {block: _giving([select_all(capture.blocks[block], select)], block) for block in site.earlier}
     for sibling, outputs in capture.before.get(layer.name, {}).items():
         stubs[sibling] = _giving([select_all(output, select) for output in outputs], sibling)
-    flat = capture.calls[layer.name].output.dim() == 2
-    stubs[layer.module] = _giving([experts.flatten(0, 1) if flat else experts], layer.module)
+    output = as_output(layer, experts, capture.call(layer.name).output)
+    stubs[layer.module] = _giving([output], layer.module)
     with unsharded(parts, parts.base), patched(stubs):
         return parts.base(**own_cache(fresh(inputs))).last_hidden_state
 
@@ -297,7 +286,7 @@ def take_rows(inputs: dict[str, Any], batch: int, rows: Tensor) -> dict[str, Any
     def take(value: Any, name: str) -> Any:
         if isinstance(value, dict):
             return {key: take(item, key) for key, item in value.items()}
-        if name == "past_key_values" and value is not None:
+        if name in CACHE_NAMES and value is not None:
             return _cache_rows(value, rows)
         if not isinstance(value, Tensor) or value.dim() < 2:
             return value
@@ -316,8 +305,8 @@ def _cache_rows(cache: Any, rows: Tensor) -> Any:
 
 def own_cache(inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs with a copy of their cache, which a forward changes."""
-    cache = inputs.get("past_key_values")
-    return inputs if cache is None else {**inputs, "past_key_values": copy.deepcopy(cache)}
+    cache = given_cache(inputs)
+    return inputs if cache is None else with_cache(inputs, copy.deepcopy(cache))
 
 
 def fresh(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Layers are found by the contract that their experts keep, never by class or fami
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 _CONTRACT = ("hidden_states", "top_k_index", "top_k_weights")
 _DECORATED = ("has_gate", "is_transposed")  # set by transformers' `@use_experts_implementation`
+_OTHER_MODALITIES = ("vision", "visual", "image", "audio", "speech", "video")
+_NUM_EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K_NAMES = ("top_k", "num_experts_per_tok", "moe_top_k", "moe_topk", "top_k_experts", "moe_k")
 
 
@@ -40,6 +43,8 @@ class MoELayer:
         num_experts (`int`): experts that the router chooses from; shared experts are not counted.
         top_k (`int`, *optional*): experts per token, `None` where the model states it nowhere.
         module (`nn.Module`): the experts module, called as `module(hidden_states, top_k_index, top_k_weights)`.
+        scales_inputs (`bool`): whether the weights scale what the experts read instead, as in Llama 4: the module is
+            called with every token once for each expert, times its weight.
     """
 
     name: str
@@ -47,6 +52,7 @@ class MoELayer:
     num_experts: int
     top_k: int | None
     module: nn.Module = field(repr=False, compare=False)
+    scales_inputs: bool = field(default=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,9 @@ class RoutingRecord:
 
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
-    """Lists the MoE layers of a model, in the order of its modules.
+    """Lists the MoE layers of a model's language model, in the order of its modules.
+
+    Experts of a vision tower, and those of a language model that see image tokens only, are left out.
 
     Args:
         model (`nn.Module`): a transformers model, also wrapped by PEFT, accelerate or DistributedDataParallel.
@@ -129,18 +137,62 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     ```
     """
     modules = dict(model.named_modules())
-    names = [name for name, module in modules.items() if _keeps_contract(module)]
+    names = _of_language(model, [name for name, module in modules.items() if _keeps_contract(module)])
     # PEFT's `target_parameters` nests wrappers around the experts: only the outermost applies every LoRA.
     names = list(dict.fromkeys(_outermost(name) for name in names))
     if not names:
         raise UnsupportedMoEError(_why_unsupported(model))
+    for name in names:
+        _refuse_split(model, name, _innermost(modules[name]))
     return [
-        MoELayer(name, index, _num_experts(modules[name]), _top_k(modules, name), modules[name])
+        MoELayer(
+            name,
+            index,
+            _num_experts(modules[name]),
+            _top_k(modules, name),
+            modules[name],
+            scales_inputs=not _weights_outputs(_innermost(modules[name])),
+        )
         for index, name in enumerate(names)
     ]
 
 
+def _of_language(model: nn.Module, names: list[str]) -> list[str]:
+    """Those that text passes, of the names of some modules; all if none is left."""
+
+    def sees_text(name: str) -> bool:
+        return not any(part.startswith(_OTHER_MODALITIES) for part in name.split("."))
+
+    return [name for name in names if sees_text(name)] or names
+
+
+def _refuse_split(model: nn.Module, name: str, experts: nn.Module) -> None:
+    """Raises where the experts of a layer are shared out over processes, so that one process cannot ask them all."""
+    local, config = getattr(experts, "num_experts", None), getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    counts = [getattr(config, each, None) for each in _NUM_EXPERTS_NAMES]
+    whole = [each for each in counts if isinstance(each, int) and isinstance(local, int) and each > local > 0]
+    if getattr(experts, "_is_expert_parallel", False) or any(each % local == 0 for each in whole):
+        raise UnsupportedMoEError(
+            f"{name} holds {local} of {max(whole, default='more')} experts: expert parallelism shares them out over "
+            "processes, and a probe asks each of them in its own. Load the model without expert parallelism (FSDP2 or "
+            "device_map shares out the weights too)."
+        )
+
+
 def _keeps_contract(module: nn.Module) -> bool:
+    return _weights_outputs(module) or _scales_inputs(module)
+
+
+def _scales_inputs(module: nn.Module) -> bool:
+    """Whether an experts module has one input, and weights with one matrix per expert."""
+    weights = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
+    if len(weights) < 2 or forward_parameters(module) != _CONTRACT[:1]:
+        return False
+    return all(len(parameter) == getattr(module, "num_experts", None) for parameter in weights)
+
+
+def _weights_outputs(module: nn.Module) -> bool:
     if all(name in vars(module) for name in _DECORATED) and hasattr(type(module), "_apply_gate"):
         return len(forward_parameters(module)) >= len(_CONTRACT)
     return forward_parameters(module)[: len(_CONTRACT)] == _CONTRACT
@@ -249,15 +301,49 @@ def hard_routing(model: nn.Module, *, top_k: int = 1) -> Iterator[None]:
     if not isinstance(top_k, int) or top_k < 1:
         raise ValueError(f"hard_routing keeps at least one expert per token, got top_k={top_k!r}.")
     handles: list[torch.utils.hooks.RemovableHandle] = []
-    with hooked(handles):
+    with hooked(handles), uncompiled():
         for layer in find_moe_layers(model):
-            hook = layer.module.register_forward_pre_hook(_keep_strongest(top_k), with_kwargs=True)
-            handles.append(hook)
+            if layer.scales_inputs and layer.top_k is not None and layer.top_k <= top_k:
+                continue  # each token has so few experts anyway
+            if layer.scales_inputs:
+                raise UnsupportedMoEError(
+                    f"The weights of {layer.name} scale what its experts read; hard_routing changes what they put out."
+                )
+            ran: set[nn.Module] = set()
+            hook = layer.module.register_forward_pre_hook(_keep_strongest(top_k, ran), with_kwargs=True)
+            block = model.get_submodule(layer.name.rpartition(".")[0])
+            handles += [hook, block.register_forward_hook(_ensure_ran(layer, ran))]
         yield
 
 
-def _keep_strongest(top_k: int) -> Callable[..., tuple[tuple, dict]]:
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Compiled code runs as it was written inside this context: it would ignore hooks that came later."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _ensure_ran(layer: MoELayer, ran: set[nn.Module]) -> Callable[..., None]:
+    """A hook on the block around an experts module: in each of its forwards the experts' own hook has to fire."""
+
+    def hook(block: nn.Module, args: tuple, output: Any) -> None:
+        stubbed = getattr(vars(block).get("forward"), "__module__", "").startswith(__package__.partition(".")[0])
+        if layer.module not in ran and not stubbed:  # by a replay, which gives what the block gave
+            raise UnsupportedMoEError(
+                f"{layer.name} does not run as a module, as with MXFP4 kernels, so its weights cannot be changed; "
+                "load the model with quantization_config=Mxfp4Config(dequantize=True)."
+            )
+        ran.clear()
+
+    return hook
+
+
+def _keep_strongest(top_k: int, ran: set[nn.Module]) -> Callable[..., tuple[tuple, dict]]:
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        ran.add(module)
         hidden, index, weights = bind_experts(module, args, kwargs)
         return (hidden, index, strongest_weights(weights, top_k)), {}
 

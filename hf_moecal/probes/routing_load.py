@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .capture import Recorder, model_parts
 from .certify import evaluating, real_tokens
-from .routing import MoELayer, RoutingRecord, find_moe_layers
+from .routing import MoELayer, RoutingRecord, find_moe_layers, uncompiled
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,13 @@ def routing_statistics(
     recorder = Recorder(model_parts(model, layers), layers, replayed=set())
     tallies = [_Tally(layer) for layer in layers]
     device = next(model.parameters()).device
-    with recorder.attached(), evaluating(model):
+    with recorder.attached(), uncompiled(), evaluating(model):
         for batch in _batches(dataset, batch_size, collate or _padded):
             model(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
-            capture = recorder.capture
+            capture = recorder.seen()
             real = real_tokens(capture)
             for tally in tallies:
-                call = capture.calls[tally.layer.name]
+                call = capture.call(tally.layer.name)
                 tally.add(RoutingRecord(call.index[real], call.weights[real], capture.batch_shape))
     if not tallies[0].tokens:
         raise ValueError("The dataset is empty: give rows with input_ids.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -11,16 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..model.head import CHUNK_ELEMENTS, RowSelector
-from ..probes import ExpertProbe, probe_experts
+from ..probes import ExpertProbe, expert_probe
 from ..probes.routing import upcast
 from .committee import Shared, member_models
 from .mixture import Mixed, Mixture, Readout, alone, joined
-
-
-ATTACHED = "moecal_reading"
-"""Attribute of a loaded model that predicts by a readout for good: its [`AttachedReadout`]."""
-CALIBRATED_READOUT = "moecal_calibrated_readout"
-"""Attribute under which a loaded model says which readout its calibration is of, where that is not attached."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,6 @@ class AttachedReadout:
         probed (`bool`, *optional*, defaults to `False`): whether the experts are asked with the native readout too.
         layer (`int`, *optional*, defaults to -1): which MoE layer is probed.
         rows (`bool`, *optional*, defaults to `False`): whether it is a language model, asked at chosen tokens.
-        training (`bool`, *optional*, defaults to `True`): whether forwards in training mode are read as well.
     """
 
     def __init__(
@@ -75,43 +69,46 @@ class AttachedReadout:
         probed: bool = False,
         layer: int = -1,
         rows: bool = False,
-        training: bool = True,
     ):
-        self._model, self.readout = model, readout or Readout()
+        others = member_models(model)
+        self._model, self.readout = model, replace(readout or Readout(), members=1 + len(others))
         self._probed, self._layer, self._rows = probed or self.readout.is_mixture, layer, rows
         config = getattr(model, "config", None)  # a module of the user's own has none, and predicts natively
         self._pad = None if config is None else config.get_text_config().pad_token_id
-        self._training = training
         self._tokens: Tensor | None = None
         self._outputs: list[Any] = []
         self._quiet = False
-        self._shared: Shared | None = None
+        self.members = [self._member(number, each) for number, each in enumerate([model, *others])]
+        self._shared = Shared(model, others) if others else None
         self.parts: list[Mixed] = []
         """Of each member of a classifier, in the last forward."""
 
+    def _member(self, number: int, model: nn.Module) -> Member:
+        probe = expert_probe(model, layer=self._layer) if self._probed else None
+        mixture = Mixture(probe, self.readout, member=number) if self.readout.is_mixture else None
+        return Member(model, probe, mixture, RowSelector(model, quiet=self.quiet) if self._rows else None)
+
     def __enter__(self) -> AttachedReadout:
+        self._thread = threading.get_ident()
         with ExitStack() as stack:
-            others = member_models(self._model)  # before anything watches the model that they are made of
-            self.readout = replace(self.readout, members=1 + len(others))
-            models = enumerate([self._model, *others])
-            self.members = [stack.enter_context(self._watched(number, model)) for number, model in models]
-            if others:
-                self._shared = stack.enter_context(Shared(self._model, others))
-            if others or (self.readout.is_mixture and not self._rows):
-                stack.callback(self._model.register_forward_hook(self._read, with_kwargs=True).remove)
+            for member in self.members:
+                stack.enter_context(nullcontext() if member.probe is None else member.probe.watching())
+                stack.enter_context(member.selector or nullcontext())
+            stack.enter_context(self._shared or nullcontext())
+            if self._shared is not None or (self.readout.is_mixture and not self._rows):
+                stack.callback(self._model.register_forward_hook(self._see, with_kwargs=True).remove)
             self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._exit.close()
 
-    @contextmanager
-    def _watched(self, number: int, model: nn.Module) -> Iterator[Member]:
-        with ExitStack() as stack:
-            probe = stack.enter_context(probe_experts(model, layer=self._layer)) if self._probed else None
-            mixture = Mixture(probe, self.readout, member=number) if self.readout.is_mixture else None
-            selector = stack.enter_context(RowSelector(model, quiet=self.quiet)) if self._rows else None
-            yield Member(model, probe, mixture, selector)
+    def forget(self) -> None:
+        """Lets go of what the last forward left behind."""
+        self._outputs, self.parts = [], []
+        for member in self.members:
+            if member.probe is not None:
+                member.probe.forget()
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -165,12 +162,15 @@ class AttachedReadout:
             found.append(reduce(part, joined(parts).log_probs))
         return torch.cat(found)
 
-    def _read(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if self.is_quiet or (model.training and not self._training):
-            return output
+    def _see(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        others = threading.get_ident() != self._thread  # a forward of another thread is not of this context
+        return output if others or self.is_quiet else self.read(args, kwargs, output)
+
+    def read(self, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """The output of the model's forward with these arguments, read: a classifier's holds the log-probabilities."""
         self._outputs = [] if self._shared is None else self._shared.run(args, kwargs)
         if self._rows:
-            if model.training:  # what DDP does not find in the output it takes for unused
+            if self._model.training:  # what DDP does not find in the output it takes for unused
                 output["members"] = [logits_of(given) for given in self._outputs]
             return output
         self.parts = [self._pooled(*pair) for pair in zip(self.members, self.outputs(output), strict=True)]

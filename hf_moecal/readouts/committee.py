@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,13 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from ..model.freezing import CONTAINER, head_modules, last_moe_site
+from ..model.weight_files import MEMBERS_FILE
 from ..probes.capture import autocast_state
 from ..probes.certify import evaluating
 from ..probes.replay import patched
 from ..probes.routing import hooked, upcast
+from ..versions import CACHE_NAMES, cache_name, given_cache
 
 
-MEMBERS_FILE = "members.safetensors"
+ATTACHED = "moecal_reading"
+"""Attribute of a loaded model that predicts by a readout for good: its `ReadoutForward`."""
+CALIBRATED_READOUT = "moecal_calibrated_readout"
+"""Attribute under which a loaded model says which readout its calibration is of, where that is not attached."""
 SPREAD, HEAD_SPREAD, LANGUAGE_SPREAD = 0.5, 1.0, 0.1
 """Noise on the matrices of a further member's block and head, in units of each matrix's own root mean square.
 
@@ -118,14 +125,23 @@ def drop_members(model: nn.Module) -> None:
 
 
 def save_members(model: nn.Module, folder: str | Path) -> Path | None:
-    """Writes `members.safetensors` beside the checkpoint of member 0; `None` for a model without further members."""
+    """Writes `members.safetensors` beside the checkpoint of member 0; `None` for a model without further members.
+
+    Such a file of an earlier committee goes, since it would be published with a checkpoint that it is no part of.
+    """
     from safetensors.torch import save_file
 
-    if count_members(model) == 1:
-        return None
     path = Path(folder) / MEMBERS_FILE
+    if count_members(model) == 1:
+        path.unlink(missing_ok=True)
+        return None
     tensors = getattr(model, CONTAINER).state_dict()
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial, metadata={"format": "pt"})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 
@@ -178,7 +194,12 @@ def _member_model(model: nn.Module, own: Mapping[str, nn.Parameter]) -> nn.Modul
             if hasattr(value, "to_diff_dict"):  # configurations
                 memo[id(value)] = value
     memo[id(getattr(model, CONTAINER))] = None
-    return copy.deepcopy(model, memo)
+    whole = ("_forward_hooks", "_forward_pre_hooks")  # of the committee, not of a member
+    memo |= {id(vars(model)[name]): OrderedDict() for name in whole}
+    member = copy.deepcopy(model, memo)
+    if ATTACHED in vars(member):
+        getattr(member, ATTACHED).detach()
+    return member
 
 
 class Shared:
@@ -220,13 +241,13 @@ class Shared:
         Raises:
             ValueError: the forward continues from a cache, or a member needs more than the frozen layers' outputs.
         """
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
                 "A committee reads whole sequences: only its first member has a cache. Call it without "
-                "`past_key_values`, or generate with the plain checkpoint."
+                f"`{cache_name()}`, or generate with the plain checkpoint."
             )
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "past_key_values")}
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", *CACHE_NAMES)}
         if not self._verified:
             self._verify(args, kwargs)
             self._verified = True

@@ -10,6 +10,9 @@ committee), the mixtures are mixed once more, in equal shares.
 | `"native"` | the model's own prediction | |
 | `"mixture"` | those that the router selected | the weights that the model used, summing to one |
 | `"soft_mixture"` | all, or the `experts` largest | the router's full distribution, over these summing to one |
+
+With `experts="auto"` a soft mixture takes, for each token, the fewest experts that hold .99 of the router's mass. No
+probability is then further than .01 from that of the mixture of all.
 """
 
 from __future__ import annotations
@@ -30,6 +33,12 @@ from ..probes.routing import upcast
 
 
 READOUTS = ("native", "mixture", "soft_mixture")
+AUTO, AUTO_MASS = "auto", 0.99
+
+
+def parse_experts(text: str | None) -> int | str | None:
+    """How many experts a soft mixture takes, from text: `"3"` is 3; everything else stays as it is."""
+    return int(text) if isinstance(text, str) and text.isdecimal() else text
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,8 @@ class Readout:
 
     Args:
         kind (`str`, *optional*, defaults to `"native"`): `"native"`, `"mixture"` or `"soft_mixture"`.
-        experts (`int`, *optional*): with `"soft_mixture"`, mix the experts with the largest shares only; all if unset.
+        experts (`int` or `"auto"`, *optional*): with `"soft_mixture"`, mix so many experts, those with the largest
+            shares, or for each token as many as hold .99 of its shares; all if unset.
         temperatures (`tuple[float]`, *optional*): one per expert of the layer, those of each further member after
             that; each expert's logits are divided by its own before they are mixed.
         members (`int`, *optional*, defaults to 1): how many last MoE layers predict, mixed in equal shares; a
@@ -49,7 +59,7 @@ class Readout:
     """
 
     kind: str = "native"
-    experts: int | None = None
+    experts: int | str | None = None
     temperatures: tuple[float, ...] | None = None
     members: int = 1
 
@@ -61,8 +71,8 @@ class Readout:
                 f"`readout_experts={self.experts}` has no effect on readout={self.kind!r}; set readout='soft_mixture' "
                 "or leave it unset."
             )
-        if self.experts is not None and not (isinstance(self.experts, int) and self.experts >= 1):
-            raise ValueError(f"`readout_experts` must be a positive whole number, got {self.experts!r}.")
+        if self.experts not in (None, AUTO) and not (isinstance(self.experts, int) and self.experts >= 1):
+            raise ValueError(f"`readout_experts` must be a positive whole number or 'auto', got {self.experts!r}.")
         if self.temperatures is not None and self.kind == "native":
             raise ValueError("Temperatures per expert need readout='mixture' or 'soft_mixture'.")
         if self.temperatures is not None and not all(0 < t < math.inf for t in self.temperatures):
@@ -97,11 +107,11 @@ class Readout:
         """
         if name is None:
             return cls()
-        found = re.fullmatch(r"(\w+?)(?: of (\d+))?(?:, committee of (\d+))?", name)
+        found = re.fullmatch(r"(\w+?)(?: of (\d+|auto))?(?:, committee of (\d+))?", name)
         if found is None:
             raise ValueError(f"No readout is named {name!r}; names are like 'soft_mixture of 3, committee of 2'.")
         kind, experts, members = found.groups()
-        return cls(kind, None if experts is None else int(experts), members=int(members or 1))
+        return cls(kind, parse_experts(experts), members=int(members or 1))
 
     def record(self) -> dict[str, Any] | None:
         """How `calibration.json` keeps it; nothing for what plain transformers predicts."""
@@ -176,6 +186,39 @@ def log_mixture(expert_log_probs: Tensor, shares: Tensor) -> Tensor:
     return torch.logsumexp(log_shares.unsqueeze(-1) + alone, dim=1)
 
 
+def fewest(shares: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """The fewest experts that hold a part of each token's shares, and their shares, which again sum to one.
+
+    Args:
+        shares (`Tensor` of shape `[n, E]`): summing to one.
+        mass (`float`): the part, below one.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: `[n, m]` each, the largest share first, m being the most that any token needs; a token
+        that needs fewer has its first expert again, with a share of zero.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_moecal.readouts.mixture import fewest
+    >>> fewest(torch.tensor([[0.75, 0.0, 0.25], [0.0, 1.0, 0.0]]), 0.99)
+    (tensor([[0, 2],
+            [1, 1]]), tensor([[0.7500, 0.2500],
+            [1.0000, 0.0000]]))
+
+    ```
+    """
+    largest, experts = shares.sort(dim=-1, descending=True, stable=True)
+    before = largest.detach().cumsum(-1) - largest.detach()
+    needed = before < mass
+    needed[:, 0] = True
+    count = int(needed.sum(-1).max())
+    largest, experts, needed = largest[:, :count], experts[:, :count], needed[:, :count]
+    kept = largest * needed
+    return torch.where(needed, experts, experts[:, :1]), kept / kept.sum(-1, keepdim=True)
+
+
 def alone(log_probs: Tensor) -> Mixed:
     """One prediction `[n, C]` as a mixture of itself."""
     shares = log_probs.new_ones(len(log_probs), 1)
@@ -242,7 +285,7 @@ class Mixture:
         (layer,) = probe.layers
         self.probe, self._readout = probe, readout
         self._temperatures: tuple[float, ...] | None = None
-        if readout.experts is not None and readout.experts > layer.num_experts:
+        if isinstance(readout.experts, int) and readout.experts > layer.num_experts:
             raise ValueError(f"readout_experts={readout.experts}, but {layer.name} has {layer.num_experts} experts.")
         given = readout.temperatures
         if given is not None:
@@ -259,6 +302,8 @@ class Mixture:
             record = self.probe.record[tokens]
             return record.expert_ids, record.shares
         shares = self.probe.router_shares(tokens)
+        if self._readout.experts == AUTO:
+            return fewest(shares, AUTO_MASS)
         count = self._readout.experts or shares.shape[-1]
         largest = shares.topk(count, dim=-1)
         kept = largest.values
@@ -270,11 +315,12 @@ class Mixture:
 
     def pooled(self, pad_token_id: int | None) -> Mixed:
         """The mixture at the token that a sequence classifier reads, for each sequence of the batch."""
-        ids = self.probe.inputs.get("input_ids")
-        if ids is None:
-            raise ValueError("The mixture readout of a classifier finds its last tokens by `input_ids`; give those.")
-        batch, length = ids.shape
-        tokens = torch.arange(batch, device=ids.device) * length + pooled_positions(ids, pad_token_id)
+        ids, (batch, length) = self.probe.inputs.get("input_ids"), self.probe.record.batch_shape
+        if ids is None:  # embeddings show no padding: transformers reads the last position
+            last = torch.full((batch,), length - 1, device=self.probe.record.weights.device)
+        else:
+            last = pooled_positions(ids, pad_token_id)
+        tokens = torch.arange(batch, device=last.device) * length + last
         experts, shares = self.shares(tokens)
         return self._mix(self.probe.reduced(tokens, lambda part, logits: logits, experts=experts), shares, experts)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibration import (
     CalibrationRecord,
@@ -19,16 +18,20 @@ from ..calibration import (
     read_record,
     write_record,
 )
-from ..calibration.record import FILE_NAME
+from ..calibration.record import FILE_NAME, read_json
+from ..model.loading import ADAPTER_CONFIG
+from ..model.weight_files import MEMBERS_FILE, weights_fingerprint
 from ..probes import find_moe_layers
-from ..table import IGNORED_LABEL
-from .attached import ATTACHED, AttachedReadout
-from .committee import MEMBERS_FILE, count_members, load_members
+from .committee import ATTACHED, count_members, load_members
+from .forward import ReadoutForward
 from .mixture import Readout
 
 
 def record_readout(model_dir: str | Path, readout: Readout) -> None:
-    """Writes into a checkpoint's `calibration.json` what predicts; a calibration of the same readout stays.
+    """Writes into a checkpoint's `calibration.json` what predicts; call it when the weights are written.
+
+    A calibration that is there stays if it is of the same readout and of these weights. Any other is of a checkpoint
+    that the folder no longer holds: it goes, with a warning.
 
     Args:
         model_dir: folder of the checkpoint.
@@ -48,8 +51,80 @@ def record_readout(model_dir: str | Path, readout: Readout) -> None:
 
     ```
     """
-    if recorded_readout(model_dir) != readout:
+    path = Path(model_dir) / FILE_NAME
+    record = read_record(path) if path.exists() else None
+    if record is not None:
+        reason = stale(record.weights, model_dir)
+        if Readout.from_record(record.readout) == readout and reason is None:
+            return
+        if record.method != "none":
+            reason = reason or f"it is of the readout {Readout.from_record(record.readout).name or 'native'!r}"
+            warnings.warn(f"The calibration in {str(path)!r} is dropped: {reason}. Fit it anew (`moecal calibrate`).")
+    if not readout.is_plain:
         write_record(model_dir, CalibrationRecord(method="none", parameters={}, readout=readout.record()))
+    elif record is not None:
+        path.unlink()
+
+
+def weights_record(model_dir: str | Path) -> dict[str, str] | None:
+    """Which weights a record written now is of, for its `weights`; `None` where the folder has none in safetensors.
+
+    Of an adapter that is its own and, if it lies on this machine, its base model's.
+    """
+    own = weights_fingerprint(model_dir)
+    if own is None:
+        return None
+    base = _base_folder(Path(model_dir))
+    of_base = None if base is None else weights_fingerprint(base)
+    return {"fingerprint": own, **({} if of_base is None else {"base": of_base})}
+
+
+def stale(weights: Mapping[str, str] | None, model_dir: str | Path) -> str | None:
+    """Why what says of which `weights` it is, is not of those in a folder; `None` if it is, or none can tell."""
+    found = weights_record(model_dir) if weights else None
+    if found is None:
+        return None
+    if found["fingerprint"] != weights.get("fingerprint"):
+        return "the weights beside it have changed since it was made"
+    if "base" in found and found["base"] != weights.get("base", found["base"]):
+        return "the adapter's base model has other weights than when it was made"
+    return None
+
+
+def check_fresh(record: CalibrationRecord, model_dir: str | Path) -> None:
+    """Refuses a record that is of other weights than those beside it.
+
+    Raises:
+        ValueError: the weights were changed after the record was made.
+    """
+    reason = stale(record.weights, model_dir)
+    if reason is not None:
+        raise ValueError(
+            f"{FILE_NAME} in {str(model_dir)!r} is not of this checkpoint: {reason}. Predict on held-out data and fit "
+            f"it anew (`moecal predict`, `moecal calibrate`), or delete {FILE_NAME} and load with transformers."
+        )
+    if record.weights is None and record.method != "none" and weights_fingerprint(model_dir) is not None:
+        warnings.warn(
+            f"{FILE_NAME} does not say of which weights it is, so nobody can tell whether it is of these; fit it anew "
+            "with this version of hf_moecal."
+        )
+
+
+def _base_folder(model_dir: Path) -> Path | None:
+    """Where the base model of an adapter lies on this machine: a folder, or the Hub's cache."""
+    if not (model_dir / ADAPTER_CONFIG).is_file():
+        return None
+    adapter = read_json(model_dir / ADAPTER_CONFIG)
+    base, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
+    if not base or Path(base).is_dir():
+        return Path(base) if base else None
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(base, "config.json", revision=revision)
+    except ValueError:  # no name of a repository: a folder of another machine
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def recorded_readout(model_dir: str | Path) -> Readout:
@@ -118,54 +193,6 @@ def attach_readout(model: nn.Module, readout: Readout) -> None:
             f"A readout mixes probabilities of classes, and {type(model).__name__} with num_labels="
             f"{model.config.num_labels} and problem_type={model.config.problem_type!r} has none."
         )
-    attached = AttachedReadout(model, readout, rows=language, training=False)
-    attached.__enter__()  # never left: it belongs to the model now
-    if language:
-        serving = _LanguageModel(attached)
-        model.register_forward_pre_hook(serving.ask, with_kwargs=True)
-    model.register_forward_hook(serving.answer if language else _with_loss, with_kwargs=True)
-    setattr(model, ATTACHED, attached)
-
-
-def _with_loss(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    labels = kwargs.get("labels")
-    if not model.training and labels is not None:
-        output["loss"] = F.nll_loss(output["logits"], labels.view(-1), ignore_index=IGNORED_LABEL)
-    return output
-
-
-class _LanguageModel:
-    """Between a language model's caller and its readout: positions are asked for before a forward, answered after."""
-
-    def __init__(self, attached: AttachedReadout) -> None:
-        self._attached = attached
-        self._asked: tuple[Any, tuple[int, int], Tensor | None] | None = None
-
-    def ask(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        self._asked = None
-        if model.training or self._attached.is_quiet:
-            return None
-        given = args[0] if args else kwargs.get("input_ids")
-        given = kwargs.get("inputs_embeds") if given is None else given
-        batch, length = given.shape[:2]
-        everywhere = torch.arange(batch * length, device=given.device).view(batch, length)
-        kept = kwargs.get("logits_to_keep", 0)
-        tokens = everywhere[:, kept] if isinstance(kept, Tensor) else everywhere[:, -kept:]
-        labels = kwargs.get("labels")
-        if labels is not None and tokens.shape != everywhere.shape:
-            raise ValueError("A loss needs every position; leave `logits_to_keep` or `labels` unset.")
-        attached = self._attached.at(tokens.reshape(-1))
-        attached.__enter__()
-        self._asked = attached, tuple(tokens.shape), labels
-        return args, {name: value for name, value in kwargs.items() if name not in ("logits_to_keep", "labels")}
-
-    def answer(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if self._asked is None or self._attached.is_quiet:
-            return output
-        (attached, shape, labels), self._asked = self._asked, None
-        found = self._attached.together(output, lambda part, log_probs: log_probs)
-        attached.__exit__(None, None, None)
-        output["logits"] = found.unflatten(0, shape)
-        if labels is not None:
-            output["loss"] = F.nll_loss(output["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return output
+    forward = ReadoutForward(model, readout)
+    model.forward = forward
+    setattr(model, ATTACHED, forward)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["collect", "draw_reliability", "format_table", "reliability", "write_report"]
 
+_PICTURE = re.compile(r"!\[[^\]]*\]\(((?:reliability|gap_by)_[\w-]+\.png)\)")
+
 
 def write_report(
     tables: Mapping[str, Table],
@@ -37,6 +39,8 @@ def write_report(
     bins: int = 15,
 ) -> Path:
     """Writes `report.html` (one file that needs nothing else), `report.md` with its PNGs, and `metrics.json`.
+
+    Of an earlier report in the folder nothing stays: the pictures that its `report.md` shows go.
 
     The sections about routing (calibration by configuration, expert load, fragile examples) appear where the tables
     have the columns for them: `routing_entropy`, `disagreement`, `regret`, `expert_ids`, and `text` to show examples.
@@ -60,6 +64,7 @@ def write_report(
     routing = collect_routing(tables, hard_routed=hard_routed)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    earlier = _pictures_of(folder / "report.md")
     pictures = _save_diagrams(data, folder)
     rows = [{key: value for key, value in row.items() if key != "diagram"} for row in data["rows"]]
     metrics = {
@@ -69,7 +74,15 @@ def write_report(
     }
     _write(folder / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     _write(folder / "report.html", render(data, routing))
-    return _write(folder / "report.md", _markdown(metrics, pictures, _save_configuration(routing, folder)))
+    configuration = _save_configuration(routing, folder)
+    for name in earlier - {*pictures.values(), *configuration.values()}:
+        (folder / name).unlink(missing_ok=True)
+    return _write(folder / "report.md", _markdown(metrics, pictures, configuration))
+
+
+def _pictures_of(report: Path) -> set[str]:
+    """The files that a report of ours shows, in its own folder."""
+    return set(_PICTURE.findall(report.read_text(encoding="utf-8"))) if report.is_file() else set()
 
 
 def _save_diagrams(data: Mapping[str, Any], folder: Path) -> dict[tuple[str, str], str]:

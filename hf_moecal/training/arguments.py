@@ -14,7 +14,7 @@ from ..calibration.selection import AUTO, CANDIDATES
 from ..metrics.directions import HIGHER, LOWER, NEITHER, direction_of
 from ..model.lora import LORA_ALPHA, LORA_R
 from ..objectives import OBJECTIVES, TAU_DISAGREEMENT, TAU_REGRET, unknown_objective
-from ..readouts.mixture import Readout
+from ..readouts.mixture import Readout, parse_experts
 from ..tasks import TASKS
 from .methods import fill
 
@@ -75,8 +75,8 @@ class MoECalArguments(TrainingArguments):
             own prediction, or the probabilities of the last MoE layer's experts, mixed: `"mixture"` (those selected)
             or `"soft_mixture"` (all, with the router's full distribution); see
             [`~hf_moecal.readouts.mixture.Readout`].
-        readout_experts (`int`, *optional*): with `readout="soft_mixture"`, mix only so many, those with the largest
-            shares.
+        readout_experts (`int` or `"auto"`, *optional*): with `readout="soft_mixture"`, mix only so many, those with
+            the largest shares; `"auto"` takes for each token the fewest that hold .99 of the router's mass.
         readout_members (`int`, *optional*): set by `method`. Trains a committee of so many last MoE layers, each with
             its own final norm and head, on the frozen layers that they share, and mixes their predictions in equal
             shares. Each trains by the objective of its own losses, as if alone, so the training loss is the sum over
@@ -132,7 +132,7 @@ class MoECalArguments(TrainingArguments):
     focal_gamma: float = 2.0
     probe_layer: int = -1
     readout: str | None = None
-    readout_experts: int | None = None
+    readout_experts: int | str | None = None
     readout_members: int | None = None
     expert_loss_weight: float = 0.0
     task: str = "classification"
@@ -209,6 +209,7 @@ class MoECalArguments(TrainingArguments):
             )
 
     def _check_readout(self) -> None:
+        self.readout_experts = parse_experts(self.readout_experts)
         Readout(self.readout, self.readout_experts)
         _within("expert_loss_weight", self.expert_loss_weight, 0, float("inf"), "0 leaves the experts to the mixture")
         if self.expert_loss_weight and self.readout == "native":

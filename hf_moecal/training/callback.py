@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..probes import find_moe_layers, probe_experts
+from ..probes import UnsupportedMoEError, find_moe_layers, probe_experts
 
 
 if TYPE_CHECKING:
@@ -111,7 +111,10 @@ class MoECalCallback(TrainerCallback):
         Raises:
             UnsupportedMoEError: the model has no MoE layers.
         """
-        find_moe_layers(trainer.model)
+        if any(layer.scales_inputs for layer in find_moe_layers(trainer.model)):
+            raise UnsupportedMoEError(
+                "MoECalCallback reads weights that scale what experts put out, not their inputs."
+            )
         trainer.callback_handler.callbacks.insert(0, self)
         self._attached = True
         return self

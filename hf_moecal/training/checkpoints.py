@@ -184,6 +184,7 @@ class CheckpointMixin:
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._restore(self.state.best_model_checkpoint)
+        self.keep_evaluations_of(self.state.best_model_checkpoint)
 
     def _restore(self, checkpoint: str) -> None:
         """Loads what Trainer leaves out of a plain checkpoint; sharded ones and adapters load whole by themselves."""

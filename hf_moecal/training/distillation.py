@@ -72,7 +72,7 @@ def distill(
     text_column: str = "text",
     max_length: int | None = None,
     readout: str = "soft_mixture",
-    readout_experts: int | None = None,
+    readout_experts: int | str | None = None,
     epochs: int = 3,
     learning_rate: float = 1e-4,
     batch_size: int = 32,

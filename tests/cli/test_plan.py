@@ -406,6 +406,25 @@ def test_plan_from_a_config_alone(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_judging_a_token_asks_of_the_experts(tmp_path):
+    def asked(**changes):
+        return make_plan(recipe(tmp_path, arguments={"task": "lm", "train": "last_moe_layer", **changes})).asked
+
+    model = real("mixtral", "last_moe_layer")
+    experts = model.model.layers[-1].mlp.experts
+    each = sum(p.numel() for p in experts.parameters()) / 8 + model.lm_head.weight.numel()
+    idle = 6 / 8 * sum(p.numel() for layer in model.model.layers for p in layer.mlp.experts.parameters())
+    active = sum(p.numel() for p in model.parameters()) - idle
+    for settings, count in [({}, 8), ({"readout_experts": 3}, 3), ({"readout_experts": "auto"}, 8)]:
+        found = asked(readout="soft_mixture", **settings)
+        assert found.experts == count and found.forwards == pytest.approx(count * each / active, rel=1e-6)
+        assert found.at_most == ("auto" in settings.values())
+    assert asked(readout="mixture").experts == asked(objective="robust_filtered").experts == 2
+    assert asked() is None
+    plan = make_plan(recipe(tmp_path, arguments={"task": "lm", "train": "all", "readout": "soft_mixture"}))
+    assert "each judged token asks 8 experts" in "\n".join(plan.lines()) and plan.to_dict()["asked"]["experts"] == 8
+
+
 def planned_activations_of(plan):
     with FakeTensorMode():
         model = AutoModelForCausalLM.from_config(tiny_config("mixtral"), dtype=torch.bfloat16).train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard, constants, hf_api
 from huggingface_hub.utils import _http
 from transformers import AutoModelForSequenceClassification
@@ -18,6 +20,7 @@ from transformers import AutoModelForSequenceClassification
 from hf_moecal.calibration.selection import calibrate_table
 from hf_moecal.hub import PublishError, from_pretrained, push, write_calibration
 from hf_moecal.hub.checkpoint_files import write_training_record
+from hf_moecal.hub.model_card import benchmark_entry, merge_card
 from hf_moecal.metrics import calibration_report
 from tests.calibration.helpers import drawn
 from tests.hub.helpers import saved, temperature, tokenizer
@@ -321,11 +324,13 @@ def test_only_whole_checkpoints_are_published(hub, checkpoint, tmp_path):
     (tmp_path / "empty" / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ValueError, match="no checkpoint to publish"):
         push(tmp_path / "empty", repo_id="org/model", token=TOKEN)
-    index = {"metadata": {}, "weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    (checkpoint / "model.safetensors").rename(checkpoint / first)
+    index = {"metadata": {}, "weight_map": {"a": first, "b": second}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="names 'model-00002-of-00002.safetensors'"):
         push(checkpoint, repo_id="org/model", token=TOKEN)
-    (checkpoint / "model.safetensors.index.json").unlink()
+    (checkpoint / first).rename(checkpoint / "model.safetensors")
     (checkpoint / "calibration.json").write_text('{"format": "x"}')
     with pytest.raises(ValueError, match="calibration.json"):
         push(checkpoint, repo_id="org/model", token=TOKEN)
@@ -371,6 +376,7 @@ def test_the_trainer_publishes_with_its_record(hub, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     trainer = MoECalTrainer(model=model, args=args, train_dataset=train)
     trainer.train()
+    trainer.save_model()
     write_calibration(folder, temperature())
     url = trainer.push_to_hub()
     assert url.startswith(hub.url) and "org/run" in url
@@ -380,6 +386,174 @@ def test_the_trainer_publishes_with_its_record(hub, tmp_path):
     loaded = AutoModelForSequenceClassification.from_pretrained("org/run", cache_dir=tmp_path / "cache", token=TOKEN)
     for one, other in zip(trainer.model.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_trainer_s_evaluation_is_on_the_card(hub, tmp_path):
+    from datasets import Dataset
+
+    from hf_moecal import MoECalArguments, MoECalTrainer
+
+    folder = tmp_path / "run"
+    base = saved(tmp_path / "base", vocab_size=32)
+    rows = Dataset.from_dict({"input_ids": [[4, 5, 6], [7, 8, 9]] * 4, "label": [0, 1] * 4})
+    args = MoECalArguments(
+        str(folder), hub_model_id="org/run", hub_token=TOKEN, objective="erm", max_steps=1, report_to="none",
+        save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    trainer = MoECalTrainer(model=model, args=args, train_dataset=rows, eval_dataset={"a": rows, "b": rows})
+    before = trainer.evaluate()
+    trainer.train()  # which makes those figures another model's
+    after = trainer.evaluate({"b": rows})
+    assert before["eval_b_ece"] != after["eval_b_ece"]
+    trainer.push_to_hub(license="mit")
+    files = hub.files("org/run")
+    card = files["README.md"].decode()
+    assert f"| b | 8 | {after['eval_b_accuracy']:.3f} | {after['eval_b_ece']:.3f} |" in card and "| a |" not in card
+    assert "No evaluation set" not in card and "ore information needed" not in card
+    data = ModelCard(card).data
+    assert (data.license, data.pipeline_tag, data.library_name) == ("mit", "text-classification", "transformers")
+    for content in (files["README.md"], files["moecal_training.json"]):
+        assert str(tmp_path).encode() not in content
+    trainer.model.score.weight.data.add_(1)
+    trainer.state.global_step += 1
+    with pytest.warns(UserWarning, match="figures in moecal_evaluation.json are dropped: the weights"):
+        trainer.push_to_hub(license="mit")
+    assert "No evaluation set was recorded" in hub.files("org/run")["README.md"].decode()
+
+
+def test_figures_say_whether_they_are_calibrated(hub, checkpoint, tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    from hf_moecal.cli.commands import main
+
+    push(checkpoint, repo_id="org/raw", evaluation=SETS, token=TOKEN, license="mit")
+    raw = hub.files("org/raw")["README.md"].decode()
+    assert "before the calibration below**; what it makes of them on these sets was not measured:" in raw
+    logits, label = drawn(300, 3)
+    table = Dataset.from_dict({"logits": 2.0 * logits, "label": label, "group": ["x", "y", "z"] * 100})
+    table = temperature().apply(table)  # applied already: the logits stay those of the model
+    table.to_parquet(tmp_path / "table.parquet")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    push_it = ["push", "--model", str(checkpoint), "--repo-id", "org/both", "--license", "mit"]
+    assert main([*push_it, "--table", str(tmp_path / "table.parquet")]) == 0
+    card = hub.files("org/both")["README.md"].decode()
+    for part, scale in (("before the calibration below**:", 1.0), ("as the model loads below:**", 1.7)):
+        expected = calibration_report(label, logits=2.0 * logits / scale, groups=["x", "y", "z"] * 100)["groups"]["x"]
+        section = card.split(part)[1]
+        assert f"| x | 100 | {expected['accuracy']:.3f} | {expected['ece']:.3f} " in section
+    names = {result.metric_name for result in ModelCard(card).data.eval_results}
+    assert {"ECE (hf_moecal)", "ECE, calibrated (hf_moecal)"} <= names
+    table.add_column("calibration", ["temperature"] * 300).to_parquet(tmp_path / "table.parquet")
+    assert main([*push_it, "--table", str(tmp_path / "table.parquet")]) == 2  # of a model that was loaded calibrated
+
+
+def test_an_evaluation_of_other_weights_is_refused(hub, checkpoint):
+    (checkpoint / "calibration.json").unlink()
+    push(checkpoint, repo_id="org/model", evaluation=SETS, token=TOKEN, license="mit")
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint)
+    model.score.weight.data.add_(1)
+    model.save_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="moecal_evaluation.json is not of this checkpoint: the weights"):
+        push(checkpoint, repo_id="org/model", token=TOKEN)
+    push(checkpoint, repo_id="org/model", evaluation=SETS, token=TOKEN)  # the remedy
+
+
+@pytest.mark.parametrize("full", ["card", "evaluation", "download"])
+def test_a_full_disk_stops_before_anything_is_published(hub, checkpoint, monkeypatch, full):
+    """And leaves the local files as they were."""
+    push(checkpoint, repo_id="org/model", evaluation=SETS, token=TOKEN, license="mit")
+    before, head = (checkpoint / "README.md").read_bytes(), hub.head("org/model")
+    (checkpoint / "reliability_new.png").write_bytes(b"\x89PNG")
+    name = {"card": ".README.md.", "evaluation": ".moecal_evaluation.json.", "download": None}[full]
+    original = os.fdopen
+
+    def out_of_space(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    def fdopen(handle, *args, **kwargs):
+        file = original(handle, *args, **kwargs)
+        if name is not None and any(path.name.startswith(name) for path in checkpoint.iterdir()):
+            file.write = out_of_space
+        return file
+
+    monkeypatch.setattr(os, "fdopen", fdopen)
+    if full == "download":
+        monkeypatch.setattr("huggingface_hub.HfApi.hf_hub_download", out_of_space)
+    with pytest.raises((OSError, PublishError), match="No space left on device") as caught:
+        push(checkpoint, repo_id="org/model", evaluation=SETS, token=TOKEN)
+    if full != "evaluation":
+        assert "nothing was published" in str(caught.value) or "Nothing half-done" in str(caught.value)
+    assert (checkpoint / "README.md").read_bytes() == before and hub.head("org/model") == head
+    assert not [path.name for path in checkpoint.iterdir() if path.name.startswith(".")]
+
+
+def test_what_a_folder_held_before_is_not_published(hub, checkpoint):
+    shutil.copy(checkpoint / "model.safetensors", checkpoint / "model-00001-of-00002.safetensors")
+    (checkpoint / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
+    )
+    push(checkpoint, repo_id="org/model", token=TOKEN, license="mit")
+    weights = [name for name in hub.files("org/model") if "safetensors" in name]
+    assert weights == ["model.safetensors"]
+    shutil.copy(checkpoint / "model.safetensors", checkpoint / "members.safetensors")
+    with pytest.raises(ValueError, match="of other|the weights beside it|is of a committee"):
+        push(checkpoint, repo_id="org/model", token=TOKEN)
+
+
+def test_a_license_is_that_of_the_base_or_asked_for(hub, checkpoint, tmp_path):
+    with pytest.warns(UserWarning, match="names no license, .*`--license`"):
+        push(checkpoint, repo_id="org/none", token=TOKEN)
+    write_training_record(checkpoint, settings={"base_model": "org/base"})
+    shutil.copytree(checkpoint, tmp_path / "published-base")
+    (tmp_path / "published-base" / "README.md").write_text("---\nlicense: bsd-3-clause\n---\n# Base\n")
+    push(tmp_path / "published-base", repo_id="org/base", token=TOKEN)
+    push(checkpoint, repo_id="org/model", token=TOKEN)
+    assert ModelCard(hub.files("org/model")["README.md"].decode()).data.license == "bsd-3-clause"
+
+
+def test_a_card_without_placeholders_and_paths():
+    trainer = (
+        "---\nbase_model: /home/me/base\ntags:\n- base_model:adapter:/home/me/base\n- mine\n---\n"
+        "# run\n\nThis model is a fine-tuned version of [/home/me/base](https://huggingface.co//home/me/base) on "
+        "text.\n\n"
+        "## Model description\n\nMore information needed\n\n## Training and evaluation data\n\nTweets, by hand.\n\n"
+        "## Bias\n\n<!-- what -->\n\n### Recommendations\n\n[More Information Needed]\n\n"
+        "- **Who:** [More Information Needed]\n\n"
+        "## Uses\n\n<!-- unfilled -->\n\n### Direct Use\n\nSentences.\n\n[More Information Needed]\n"
+    )
+    card = merge_card(
+        local=trainer, remote=None, section="ours\n", results=[], model_name="run", defaults={"license": "mit"}
+    )
+    assert "/home/me" not in card and "nformation" not in card and "Bias" not in card and "description" not in card
+    for kept in (
+        "version of a local checkpoint on text.",
+        "Tweets, by hand.",
+        "## Uses",
+        "Sentences.",
+        "- mine",
+        "ours",
+    ):
+        assert kept in card
+    edited = merge_card(
+        local=None, remote=trainer, section="ours\n", results=[], model_name="run", defaults={"license": "mit"}
+    )
+    assert "More information needed" in edited  # what stands on the Hub is its owner's
+
+
+def test_a_benchmark_s_result_has_a_file_of_its_own():
+    from huggingface_hub import parse_eval_result_entries
+
+    figures = {"accuracy": 0.75, "ece": 0.0412, "n": 400}
+    dataset = {"id": "org/quiz", "task_id": "hard", "revision": "1a2b"}
+    ((name, content),) = benchmark_entry({"sets": {"quiz": figures}, "dataset": dataset}).items()
+    (entry,) = parse_eval_result_entries(yaml.safe_load(content))
+    assert name == ".eval_results/quiz-hard.yaml" and (entry.value, entry.dataset_id) == (0.75, "org/quiz")
+    assert (entry.task_id, entry.dataset_revision) == ("hard", "1a2b") and "ECE 0.0412" in entry.notes
+    assert not benchmark_entry({"sets": {"quiz": figures}, "dataset": {"id": "org/quiz"}})
+    assert not benchmark_entry({"sets": {"a": figures, "b": figures}, "dataset": dataset}) and not benchmark_entry(
+        None
+    )
 
 
 def test_the_command_line_publishes(hub, original, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,8 @@ from hf_moecal import MoECalTrainer, from_pretrained, join_committee, predict
 from hf_moecal.calibration import PerExpertTemperatureCalibrator, read_record
 from hf_moecal.hub import calibrate, write_calibration
 from hf_moecal.hub.bake import bake
-from hf_moecal.hub.publish import make_card, publishable
+from hf_moecal.hub.checkpoint_card import make_card
+from hf_moecal.hub.publish import publishable
 from hf_moecal.model.freezing import set_trainable
 from hf_moecal.readouts.committee import MEMBERS_FILE, save_members
 from hf_moecal.readouts.mixture import Readout

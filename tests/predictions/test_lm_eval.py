@@ -86,20 +86,96 @@ def test_a_question_without_an_answer_is_ignored(tmp_path):
         ([{"doc_id": 0}], "line 1 has no 'target' and 'filtered_resps'"),
         ([[1, 2]], "no 'target'"),
         ([sample(0, [-1.0, -2.0], 0) | {"filtered_resps": ["The answer is 4"]}], "generated text cannot be read"),
-        ([sample(0, [-1.0, -2.0], 5, acc=0.0)], r"target 5 is none of the choices 0\.\.1"),
-        ([sample(0, [-1.0, -2.0], "[0, 1]")], "several right answers"),
+        ([sample(0, [-1.0, -2.0], 5, acc=0.0)], "target '5' is neither the number of a choice .0 to 1. nor"),
+        ([sample(0, [-1.0, -2.0], "[0, 5]")], "target '.0, 5.' is neither the number"),
+        ([sample(0, [-1.0, -2.0], "[0, 1]", acc=0.0)], "the harness logged acc=0.0"),
+        ([sample(0, [-1.0, -2.0], 0, acc_norm=0.0)], "the harness logged acc=1.0, acc_norm=0.0"),
         ([sample(0, [-1.0, -2.0], "elsewhere")], "text of exactly one"),
         ([sample(0, [-1.0, -2.0], 0, acc=0.0)], "the harness logged acc=0.0"),
         ([sample(0, [float("nan"), -2.0], 1)], "not a log-likelihood"),
         ([sample(0, [3.0, -2.0], 0)], "not a log-likelihood"),
         ([sample(0, [-1.0], 0)], "has 1 choice"),
-        ([sample(0, [-1.0, -2.0], 0), sample(0, [-1.0, -2.0], 0, filter="other")], "repeats document 0"),
+        ([sample(0, [-1.0, -2.0], 0), sample(0, [-1.0, -2.0], 0)], "repeats document 0 of the same run"),
         ([], "holds no samples"),
     ],
 )
 def test_what_cannot_be_read_is_refused(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         read_lm_eval_samples(write(tmp_path / NAME, rows))
+
+
+def numerals(number, texts, scores, target, acc, **more):
+    arguments = {f"gen_args_{i}": {"arg_0": "q", "arg_1": f" {text}"} for i, text in enumerate(texts)}
+    return sample(number, scores, target, **{"arguments": arguments, "acc": acc, **more})
+
+
+def test_choices_that_are_numerals(tmp_path):
+    texts, scores = ["3", "1", "2", "0"], [-1.0, -2.0, -3.0, -4.0]
+    as_text = [numerals(0, texts, scores, "3", 1.0), numerals(1, texts, scores[::-1], "3", 0.0)]
+    assert read_lm_eval_samples(write(tmp_path / NAME, as_text))["label"][:] == [0, 0]
+    as_number = [numerals(0, texts, scores, "3", 0.0), numerals(1, texts, scores[::-1], "3", 1.0)]
+    assert read_lm_eval_samples(write(tmp_path / NAME, as_number))["label"][:] == [3, 3]
+    both = [numerals(0, texts, scores, "3", 1.0), numerals(1, texts, scores[::-1], "3", 1.0)]
+    with pytest.raises(ValueError, match="only as numbers of choices, others only as their texts"):
+        read_lm_eval_samples(write(tmp_path / NAME, both))
+    by_length = [numerals(0, texts, scores, "3", None, acc_norm=0.0)]  # all of one length: choice 0 is the likeliest
+    assert read_lm_eval_samples(write(tmp_path / NAME, by_length))["label"][:] == [3]
+
+
+def test_two_runs_of_a_task_are_not_mixed(tmp_path):
+    scores = [[-1.0, -2.0], [-2.0, -1.0]]
+    for date, own in zip(("2025-03-01", "2025-04-01"), scores, strict=True):
+        write(tmp_path / f"samples_arc_easy_{date}T10-00-00.1.jsonl", [sample(0, own, 0)])
+    write(tmp_path / "samples_piqa_2025-03-01T10-00-00.1.jsonl", [sample(0, scores[0], 0)])
+    with pytest.warns(
+        UserWarning, match="samples_arc_easy_2025-04-01T10-00-00.1.jsonl is read, samples_arc_easy_2025"
+    ):
+        table = read_lm_eval_samples(tmp_path)
+    assert table["id"][:] == ["arc_easy/0", "piqa/0"] and table["prediction"][:] == [1, 0]
+    with pytest.warns(UserWarning, match="was run several times"):
+        assert read_lm_eval_samples(tmp_path, run="2025-03-01")["prediction"][:] == [0, 0]
+    with pytest.raises(ValueError, match="0 runs of arc_easy .* begin with '2024'; those that are there: 2025-03-01T"):
+        read_lm_eval_samples(tmp_path, run="2024")
+
+
+def test_a_generative_task_in_a_folder_is_left_out(tmp_path):
+    write(tmp_path / NAME, [sample(0, [-1.0, -2.0], 0)])
+    generated = write(tmp_path / NAME.replace("arc_easy", "gsm8k"), [sample(0, [-1.0], 0, filtered_resps=["4"])])
+    with pytest.warns(UserWarning, match="gsm8k.*is left out.*generated text cannot be read"):
+        assert read_lm_eval_samples(tmp_path)["group"][:] == ["arc_easy"]
+    (tmp_path / NAME).unlink()
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="No multiple-choice task among"):
+        read_lm_eval_samples(tmp_path)
+    with pytest.raises(ValueError, match="generated text cannot be read"):
+        read_lm_eval_samples(generated)
+
+
+def test_one_of_several_filters_is_read(tmp_path):
+    rows = [sample(0, [-1.0, -2.0], 0, filter="none"), sample(0, [-2.0, -1.0], 0, acc=0.0, filter="other")]
+    write(tmp_path / NAME, rows)
+    with pytest.raises(ValueError, match="repeats document 0; choose one of its filters.*none, other"):
+        read_lm_eval_samples(tmp_path / NAME)
+    for name, expected in (("none", 0), ("other", 1)):
+        assert read_lm_eval_samples(tmp_path / NAME, filter=name)["prediction"][:] == [expected]
+    with pytest.raises(ValueError, match="no samples of filter 'third'; its filters are"):
+        read_lm_eval_samples(tmp_path / NAME, filter="third")
+
+
+def test_contexts_that_are_the_choices(tmp_path):
+    def winogrande(number, scores, acc):  # the same text follows each filled-in sentence
+        arguments = {f"gen_args_{i}": {"arg_0": f"the {name}", "arg_1": " fell."} for i, name in enumerate("ab")}
+        return sample(number, scores, "fell.", arguments=arguments, acc=acc, metrics=["acc"])
+
+    rows = [winogrande(0, [-1.0, -2.0], 1.0), winogrande(1, [-1.0, -2.0], 0.0), winogrande(2, [-2.0, -1.0], 1.0)]
+    assert read_lm_eval_samples(write(tmp_path / NAME, rows))["label"][:] == [0, 1, 1]
+
+
+def test_several_right_choices(tmp_path):
+    rows = [sample(0, [-3.0, -1.0, -2.0], "[0, 2]", acc=0.0), sample(1, [-3.0, -2.0, -1.0], "[0, 2]", acc=1.0)]
+    rows.append(sample(2, [-3.0, -2.0, -1.0], "['choice 1', 'choice 2']", acc=1.0))
+    with pytest.warns(UserWarning, match="3 questions .* have several right choices; the likeliest"):
+        table = read_lm_eval_samples(write(tmp_path / NAME, rows))
+    assert table["label"][:] == [2, 2, 2] and table_report(table, intervals=False)["accuracy"] == pytest.approx(2 / 3)
 
 
 def test_files_that_are_missing_or_cut_off(tmp_path):

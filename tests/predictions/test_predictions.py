@@ -35,7 +35,7 @@ def test_equals_one_example_at_a_time(model, data):
     table = predict(model, data, group="movie", batch_size=4, progress=False)
     assert model.training == training
     generated = {"sequence", "position", "correct", "nll", "brier", "sequence_confidence", "num_tokens"}
-    assert set(table.column_names) == {*COLUMNS, "agreement"} - generated
+    assert set(table.column_names) == {*COLUMNS, "agreement", "conditions"} - generated
     assert table["id"][:] == list(range(23)) and set(table["group"]) == {"movie"}
     for row, example in zip(table, data, strict=True):
         with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 # Experts that no module computes from an index and weights, so that none can be consulted alone.
-UNSUPPORTED = {"doge", "jetmoe", "llama4_text"}
+UNSUPPORTED = {"doge", "jetmoe"}
 
 
 TOLERANCE = 1e-5

@@ -21,6 +21,7 @@ from hf_moecal import (
     probe_experts,
     routing_statistics,
 )
+from hf_moecal.versions import cache_name, given_cache
 from tests.rerouting import brute_force
 from tests.tiny_moe import VOCABULARY, tiny_batch, tiny_model
 
@@ -224,13 +225,15 @@ def test_offloaded_weights() -> None:
     torch.testing.assert_close(found, truth)
 
 
+@pytest.mark.parametrize("name", sorted({cache_name(), "past_key_values"}))  # newer transformers take both
 @pytest.mark.parametrize(("model_type", "index"), [("mixtral", -1), ("flex_olmo", -1), ("qwen3_moe", 0)])
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
 @torch.no_grad()
-def test_decoding_with_a_cache(model_type: str, index: int) -> None:
+def test_decoding_with_a_cache(model_type: str, index: int, name: str) -> None:
     model, ids = tiny_model(model_type), tiny_batch()["input_ids"]
-    cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+    cache = given_cache(model(input_ids=ids[:, :-1], use_cache=True))
     with probe_experts(model, index) as probe:
-        step = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+        step = model(input_ids=ids[:, -1:], **{name: cache}, use_cache=True)
     length = cache.get_seq_length()
     found = probe.expert_logits(torch.tensor([0, 1]))
     assert cache.get_seq_length() == length == ids.shape[1]

@@ -22,6 +22,7 @@ from hf_moecal.readouts.committee import (
     save_members,
 )
 from hf_moecal.readouts.mixture import Readout
+from hf_moecal.versions import cache_name, given_cache
 from tests.readouts.helpers import MEMBERS, READOUTS, committee
 from tests.training.helpers import (
     OBJECTIVES,
@@ -223,10 +224,10 @@ def test_what_a_committee_cannot_do_is_refused(tmp_path):
         add_members(committee(), 2, seed=0)
     model = committee(language_model).eval()
     ids = torch.arange(1, 6)[None]
-    cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values
+    cache = given_cache(model(input_ids=ids[:, :3], use_cache=True))
     with AttachedReadout(model, rows=True) as attached, attached.at(torch.tensor([1])):
         with pytest.raises(ValueError, match="only its first member has a cache"):
-            model(input_ids=ids[:, 3:], past_key_values=cache)
+            model(input_ids=ids[:, 3:], **{cache_name(): cache})
 
 
 def test_an_optimizer_that_leaves_members_out_is_refused(tmp_path):

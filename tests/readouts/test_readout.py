@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
-from hf_moecal import MoECalTrainer, predict
+from hf_moecal import MoECalTrainer, predict, probe_experts
 from hf_moecal.model.prefix_cache import PrefixCache
-from hf_moecal.readouts.mixture import log_mixture
+from hf_moecal.readouts.mixture import Mixture, Readout, log_mixture
 from tests.readouts.helpers import READOUTS, between, examples_of, loop, reference
+from tests.tiny_moe import tiny_batch, tiny_model
 from tests.training.helpers import (
     OBJECTIVES,
     TASKS,
@@ -99,3 +100,34 @@ def test_evaluate_and_predict_read_the_mixture(tmp_path, readout, cached):
     name = settings["readout"] + (" of 3" if "readout_experts" in settings else "")
     assert set(table["readout"][:]) == {name} and not model._forward_hooks
     assert set(predict(model, dataset, progress=False).column_names).isdisjoint({"readout"})
+
+
+@pytest.mark.parametrize("experts", [8, 40])
+@torch.no_grad()
+def test_auto_takes_the_fewest_experts_that_hold_the_routers_mass(experts):
+    model, inputs = tiny_model("qwen3_moe", num_experts=experts), {**tiny_batch(), "use_cache": False}
+    tokens = torch.arange(18)
+    with probe_experts(model) as probe:
+        model(**inputs)
+        shares, alone = probe.router_shares(tokens), probe.expert_logits(tokens, experts="all").softmax(-1)
+        found, counts = Mixture(probe, Readout("soft_mixture", "auto")).log_probs(tokens).exp(), []
+        first = Mixture(probe, Readout("soft_mixture", "auto")).log_probs(tokens[:1]).exp()
+    for token in tokens.tolist():
+        order = sorted(range(experts), key=lambda k, token=token: -shares[token, k])
+        while sum(shares[token, k] for k in order[:-1]) >= 0.99:
+            order.pop()
+        kept = sum(shares[token, k] for k in order)
+        expected = sum(shares[token, k] / kept * alone[token, k] for k in order)
+        whole = (shares[token, :, None] * alone[token]).sum(0)
+        torch.testing.assert_close(found[token], expected, rtol=1e-4, atol=1e-6)
+        assert (expected - whole).abs().max() <= 0.01
+        counts.append(len(order))
+    assert min(counts) < max(counts) and sum(counts) < 18 * experts
+    torch.testing.assert_close(first[0], found[0], rtol=1e-4, atol=1e-6)  # whatever others need
+
+
+def test_auto_is_a_readout_like_the_others():
+    readout = Readout("soft_mixture", "auto", members=2)
+    assert Readout.named(readout.name) == readout and Readout.from_record(readout.record()) == readout
+    with pytest.raises(ValueError, match="whole number or 'auto'"):
+        Readout("soft_mixture", "all")

@@ -37,13 +37,22 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     tables = {"ERM | raw": make_table(temperature=0.5), "Robust": make_table(temperature=1.3)}
     hard = {"Robust": make_table(temperature=0.8, routing=False)}
-    path = report.write_report(tables, folder, title="A <title>", hard="hard", hard_routed=hard, bootstrap=50)
+    path = report.write_report(tables, folder, title="A <title>", hard="hard", hard_routed=hard)
     return path, tables
+
+
+def test_a_second_report_leaves_no_picture_of_the_first(tmp_path):
+    first, second = make_table(), {**make_table(routing=False), "group": ["reviews"] * 400}
+    report.write_report({"a": first}, tmp_path, title="first", bootstrap=5)
+    (tmp_path / "reliability_mine.png").write_bytes(b"a user's own")
+    assert (tmp_path / "reliability_movie.png").is_file() and list(tmp_path.glob("gap_by_*.png"))
+    report.write_report({"a": second}, tmp_path, title="second", bootstrap=5)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"reliability_reviews.png", "reliability_mine.png"}
 
 
 def test_bins_against_a_plain_loop():
     table = make_table(classes=5)
-    data = report.reliability(table, bins=10, bootstrap=20)
+    data = report.reliability(table, bins=10)
     confidence, right = table["probs"].max(axis=1), table["probs"].argmax(axis=1) == table["label"]
     for i in range(10):
         mine = (confidence > i / 10) & (confidence <= (i + 1) / 10)
@@ -76,7 +85,7 @@ def test_a_bin_of_few_cases_gets_a_wide_band():
 
 def test_logs_without_probabilities_have_no_likelihood():
     table = {"label": [0, 1, -100], "prediction": [0, 0, 1], "confidence": [0.9, 0.6, 0.8]}
-    scores = report.reliability(table, bootstrap=10)["scores"]
+    scores = report.reliability(table)["scores"]
     assert scores["n"] == 2 and scores["nll"] is None and scores["signed_gap"] == pytest.approx(0.25)
 
 
@@ -110,7 +119,7 @@ def test_terminal_table(written):
 def test_an_empty_hard_subset_is_shown_as_such(tmp_path):
     table = make_table(60)
     table["hard"] = table["hard"] & (table["group"] == "movie")
-    path = report.write_report({"m": table}, tmp_path, title="t", hard="hard", bootstrap=10)
+    path = report.write_report({"m": table}, tmp_path, title="t", hard="hard")
     rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
     assert [row["n"] for row in rows if (row["set"], row["subset"]) == ("tweets", "hard")] == [0]
     assert "| m | – | – |" in path.read_text()

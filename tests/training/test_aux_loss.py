@@ -23,7 +23,7 @@ from tests.training.helpers import (
 
 COEFFICIENT = 0.5
 FEW = {"mixtral": 0.001, "gpt_oss": 0.001, "dbrx": 0.01, "olmoe": 0.01, "deepseek_v3": None, "inkling_text": None}
-UNSUPPORTED = {"doge", "jetmoe", "llama4_text"}
+UNSUPPORTED = {"doge", "jetmoe"}
 EVERY_FAMILY = [
     pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in families() if name not in UNSUPPORTED
 ]

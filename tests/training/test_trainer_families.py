@@ -10,7 +10,7 @@ from tests.tiny_moe import classifier_families, families, tiny_model
 from tests.training.helpers import arguments, collate
 
 
-UNSUPPORTED = {"doge", "jetmoe", "llama4_text"}
+UNSUPPORTED = {"doge", "jetmoe"}
 
 
 class Recording(MoECalTrainer):

@@ -33,7 +33,7 @@ def class_numbers(
     Example:
 
     ```python
-    >>> from hf_moecal.tasks.labels import class_numbers
+    >>> from hf_moecal.model.labels import class_numbers
     >>> class_numbers(["happy", "Unhappy", "happy"], {"unhappy": 0, "happy": 1})
     [1, 0, 1]
 
