@@ -89,13 +89,15 @@ def test_predict_by_a_mixture(trained, capsys):
     config = ["--model", str(trained / "out"), "--config", str(trained / "recipe.yaml")]
     made = trained / "mixture.parquet"
     mixed = ["--readout", "soft_mixture", "--readout-experts", "3"]
-    assert main(["predict", *config, *mixed, "--output", str(made)]) == 0
+    assert main(["predict", *config, *mixed, "--output", str(made)]) == 2
+    assert "The checkpoint's calibration is of its native readout, not of 'soft_mixture'" in capsys.readouterr().err
+    assert main(["predict", *config, *mixed, "--raw", "--output", str(made)]) == 0
     row = Dataset.from_parquet(str(made))[0]
     assert row["readout"] == "soft_mixture of 3"
     alone = torch.tensor(row["expert_logits"]).double().softmax(-1)
     mixed = torch.tensor(row["expert_weights"]).double() @ alone
     assert row["probs"] == pytest.approx(mixed.tolist(), abs=1e-6)
-    assert main(["predict", *config, "--readout", "blend", "--output", str(made)]) == 2
+    assert main(["predict", *config, "--readout", "blend", "--raw", "--output", str(made)]) == 2
     assert "`readout` must be one of native, mixture, soft_mixture, got 'blend'" in capsys.readouterr().err
 
 
