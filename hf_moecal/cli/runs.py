@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from ..hub import attach_calibrator, find_record, load_calibration
 from ..model.labels import class_numbers
-from ..model.loading import label_names, load_classifier, load_language_model, own_labels
+from ..model.loading import label_names, load_classifier, load_language_model
 from ..model.prefix_cache import PrefixCache
 from ..predictions import predict
 from ..predictions.classifier import cut_short
@@ -174,8 +174,9 @@ def predict_recipe(
     settings = recipe.arguments
     record = find_record(model) if isinstance(model, str) else None
     readout, readout_experts = _readout_of(settings, model, None if raw else record, readout, readout_experts)
-    dataset = _together({name: load_set(name, spec, recipe) for name, spec in wanted.items()}, recipe, model)
+    loaded = {name: load_set(name, spec, recipe) for name, spec in wanted.items()}
     model, tokenizer = _loaded(recipe, model, record if not raw else None)
+    dataset = _together(loaded, recipe, label_names(model.config) if recipe.task == "classification" else {})
     cached = nullcontext()
     if settings.get("prefix_cache") is not None and hard_top_k is None:  # hard routing changes earlier layers too
         model.requires_grad_(False)
@@ -234,13 +235,10 @@ def _wanted_sets(recipe: Recipe, sets: Sequence[str] | None) -> dict[str, dict[s
     return {name: known[name] for name in wanted}
 
 
-def _together(sets: Mapping[str, Dataset], recipe: Recipe, model: str | PreTrainedModel) -> Dataset:
+def _together(sets: Mapping[str, Dataset], recipe: Recipe, names: Mapping[str, int]) -> Dataset:
     """One dataset of all sets, whose column `group` names the set of each row, with classes as labels."""
     from datasets import concatenate_datasets
 
-    names: Mapping[str, int] = {}
-    if recipe.task == "classification":
-        names = own_labels(model) or {} if isinstance(model, str) else label_names(model.config)
     grouped = []
     for name, dataset in sets.items():
         kept = dataset.remove_columns([column for column in ("group",) if column in dataset.column_names])

@@ -140,19 +140,19 @@ def test_predict_applies_what_the_checkpoint_carries(home, capsys):
 
 def test_train_writes_the_recipe_that_repeats_it(home, capsys):
     line = "moecal train --model language --data reviews.csv --text review --label mood --eval food=other.csv --output"
-    assert run(line, "trained", *TINY) == 0
+    assert run(line, "fresh", *TINY) == 0
     printed = capsys.readouterr().out
     assert "food" in printed and "ECE" in printed
-    config = AutoModelForSequenceClassification.from_pretrained("trained").config
+    config = AutoModelForSequenceClassification.from_pretrained("fresh").config
     assert config.id2label == {0: "happy", 1: "unhappy"}  # a new head, with the training set's names
-    recipe = yaml.safe_load(Path("trained/recipe.yaml").read_text())
+    recipe = yaml.safe_load(Path("fresh/recipe.yaml").read_text())
     assert recipe["learning_rate"] == 0.03 and recipe["data"]["train"] == {"path": str(home / "reviews.csv")}
-    table = Dataset.from_parquet("trained/predictions.parquet")
+    table = Dataset.from_parquet("fresh/predictions.parquet")
     assert table["label"][:] == [config.label2id[row["mood"]] for row in reviews("food", 40)]
-    assert run(line, "trained", *TINY, "--learning_rate", "0.01") == 2
+    assert run(line, "fresh", *TINY, "--learning_rate", "0.01") == 2
     assert "is the recipe of another run" in capsys.readouterr().err
-    assert run("moecal train --config trained/recipe.yaml --output_dir again") == 0
-    first, again = (AutoModelForSequenceClassification.from_pretrained(name) for name in ("trained", "again"))
+    assert run("moecal train --config fresh/recipe.yaml --output_dir again") == 0
+    first, again = (AutoModelForSequenceClassification.from_pretrained(name) for name in ("fresh", "again"))
     for one, other in zip(first.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
