@@ -78,7 +78,10 @@ REFUSED = {
     "zero.csv": ("text,label\na,1\n".encode("utf-16-le"), "zero bytes"),
     "broken.jsonl": (b'{"a": 1}\n{"a":\n{"a": 2}\n', "line 2 is not JSON"),
     "list.jsonl": (b'{"a": 1}\n[1]\n', "line 2 holds a list, not an object"),
-    "kinds.jsonl": (b'{"a": 1}\n{"a": null}\n{"a": "x"}\n', r"line 3: column 'a' holds a text here \('x'\) and a number"),
+    "kinds.jsonl": (
+        b'{"a": 1}\n{"a": null}\n{"a": "x"}\n',
+        r"line 3: column 'a' holds a text here \('x'\) and a number",
+    ),
     "none.jsonl": (b"[]\n", "line 1 holds a list"),
     "none.json": (b"[]", "has no rows"),
     "cut.parquet": (b"PAR1", "is not a whole Parquet file"),

@@ -172,7 +172,8 @@ def _refuse_calibrated(table: Table) -> None:
     if CALIBRATION in names(table) and "logits" not in names(table):
         raise ValueError(
             f"The table's probabilities are calibrated already (by {_only(table, CALIBRATION)!r}): the model was "
-            "loaded with its calibration. Predict with the plain checkpoint (`moecal predict`, or load it with transformers)."
+            "loaded with its calibration. Predict with the plain checkpoint (`moecal predict --raw`, or load it with "
+            "transformers)."
         )
 
 

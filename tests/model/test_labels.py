@@ -36,7 +36,11 @@ def test_numbers_and_names(labels, names, expected):
         ([1.0, float("nan")], MOODS, r"row 1 \(from 0\) has no label"),
         ([0.7], MOODS, "holds 0.7, which is no class"),
         ([0, "happy"], MOODS, r"mixes numbers and texts: row 1 \(from 0\) holds 'happy'"),
-        (["positive", "happy"], MOODS, r"0: unhappy, 1: happy. Say which class each is.*--labels 'positive=\?' happy=1 "),
+        (
+            ["positive", "happy"],
+            MOODS,
+            r"0: unhappy, 1: happy. Say which class each is.*--labels 'positive=\?' happy=1 ",
+        ),
         (["happy"], {"Happy": 0, "HAPPY": 1}, r"--labels 'happy=\?'"),
         ([1, 4, 2], STARS, "numbers that are classes, and other classes' names too"),
         ([True], MOODS, r"--labels 'true=\?'"),
