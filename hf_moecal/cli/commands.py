@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from .. import __version__
 from .command import Command, Options, Outcome, nearest
-from .interrupted import is_no_room
+from .interrupted import NoRoomError, is_no_room
 from .model_commands import MODEL_COMMANDS
 from .table_commands import TABLE_COMMANDS
 from .watch import MONITOR
@@ -58,20 +58,25 @@ def _is_said(error: Exception) -> bool:
 
 def _sentence(error: Exception, command: Command, options: Options) -> str:
     """What went wrong; of a full disk or a folder that cannot be written to also what is kept."""
+    if isinstance(error, NoRoomError):
+        return str(error)
+    if is_no_room(error):
+        return f"the disk is full ({error}). {command.kept(options)}"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}. {command.kept(options)}"
-    if is_no_room(error) and "--resume" not in str(error):
-        return f"the disk is full ({error}). {command.kept(options)}"
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return str(error)
 
 
 def _say(outcome: Outcome, options: Options) -> None:
     accelerate = sys.modules.get("accelerate")
     if accelerate is not None and not accelerate.PartialState().is_main_process:
         return
-    text = json.dumps(outcome.data, indent=1) if options.json else "\n".join(outcome.lines)
-    if text:
-        print(text)
+    if options.json:
+        from ..calibration.record import strict
+
+        print(json.dumps(strict(outcome.data), indent=1, allow_nan=False))
+    elif outcome.lines:
+        print("\n".join(outcome.lines))
 
 
 class _Parser(argparse.ArgumentParser):

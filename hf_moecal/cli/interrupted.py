@@ -17,11 +17,14 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ROOM_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed")
 
 
+class NoRoomError(OSError):
+    """The disk is full; the message says what is kept."""
+
+
 def is_no_room(error: BaseException) -> bool:
-    """Whether the disk is full; the writers of weights have errors of their own."""
-    if isinstance(error, OSError):
-        return error.errno in _NO_ROOM
-    return any(text in str(error) for text in _NO_ROOM_TEXTS)
+    """Whether the disk is full; the writers of weights and of tables have errors of their own."""
+    known = isinstance(error, OSError) and error.errno in _NO_ROOM
+    return known or any(text in str(error) for text in _NO_ROOM_TEXTS)
 
 
 @contextmanager
@@ -29,7 +32,7 @@ def room_for(output_dir: str, model: nn.Module) -> Iterator[None]:
     """Within the block a full disk ends with what was to be written, what it takes, and what is kept.
 
     Raises:
-        OSError: the disk is full.
+        NoRoomError: the disk is full.
     """
     try:
         yield
@@ -40,10 +43,9 @@ def room_for(output_dir: str, model: nn.Module) -> Iterator[None]:
         states = sum(2 * p.numel() * 4 for p in model.parameters() if p.requires_grad)
         newest = max(Path(output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, default=None)
         name = output_dir if newest is None else newest
-        raise OSError(
-            errno.ENOSPC,
+        raise NoRoomError(
             f"the disk is full: writing {name} takes up to {_size(weights + states)} (weights {_size(weights)}), and "
-            f"{_size(shutil.disk_usage(output_dir).free)} are free ({error}). {kept_by_training(output_dir)}",
+            f"{_size(shutil.disk_usage(output_dir).free)} are free ({error}). {kept_by_training(output_dir)}"
         ) from error
 
 

@@ -39,7 +39,7 @@ def test_numbers_and_names(labels, names, expected):
         (
             ["positive", "happy"],
             MOODS,
-            r"0: unhappy, 1: happy. Say which class each is.*--labels 'positive=\?' happy=1 ",
+            r"0: unhappy, 1: happy. Say which.*--labels 'positive=\?' happy=1 ",
         ),
         (["happy"], {"Happy": 0, "HAPPY": 1}, r"--labels 'happy=\?'"),
         ([1, 4, 2], STARS, "numbers that are classes, and other classes' names too"),
