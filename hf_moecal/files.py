@@ -82,13 +82,16 @@ def _parquet(path: Path) -> Dataset:
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"No .parquet file in the folder {str(path)!r}; name a file, or the folder that has them.")
+    rows = 0
     for file in files:
         try:
-            pq.read_metadata(file)
+            rows += pq.read_metadata(file).num_rows
         except pa.ArrowInvalid as error:
             raise ValueError(
                 f"{str(file)!r} is not a whole Parquet file ({error}); was it cut short, or is it of another kind?"
             ) from error
+    if not rows:
+        raise ValueError(f"{str(path)!r} has no rows.")
     return Dataset.from_parquet(list(map(str, files)))
 
 

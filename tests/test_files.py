@@ -97,6 +97,12 @@ def test_what_is_broken_is_said_with_its_place(tmp_path, name):
         read_rows(tmp_path / name)
 
 
+def test_a_parquet_file_without_rows(tmp_path):
+    Dataset.from_dict(ROWS).select([]).to_parquet(str(tmp_path / "none.parquet"))
+    with pytest.raises(ValueError, match="none.parquet' has no rows"):
+        read_table(tmp_path / "none.parquet")
+
+
 def test_the_remedy_for_another_encoding_works(tmp_path):
     path = tmp_path / "old file.csv"
     path.write_bytes("text,label\nfine,0\ncafé,1\n".encode("latin-1"))

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_ROOM_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed")
+_NO_ROOM_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large")
+_NO_ROOM_TEXTS += ("PytorchStreamWriter failed", "iostream error", "unexpected pos")  # all that torch.save says
 
 
 class NoRoomError(OSError):
@@ -31,21 +32,27 @@ def is_no_room(error: BaseException) -> bool:
 def room_for(output_dir: str, model: nn.Module) -> Iterator[None]:
     """Within the block a full disk ends with what was to be written, what it takes, and what is kept.
 
+    The checkpoint that was begun and cannot be used is removed.
+
     Raises:
         NoRoomError: the disk is full.
     """
+    before = set(Path(output_dir).glob("checkpoint-*"))
     try:
         yield
     except Exception as error:
         if not is_no_room(error):
             raise
+        free = shutil.disk_usage(output_dir).free
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         states = sum(2 * p.numel() * 4 for p in model.parameters() if p.requires_grad)
         newest = max(Path(output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, default=None)
         name = output_dir if newest is None else newest
+        if newest is not None and newest not in before and str(newest) != last_complete(output_dir):
+            shutil.rmtree(newest, ignore_errors=True)
         raise NoRoomError(
             f"the disk is full: writing {name} takes up to {_size(weights + states)} (weights {_size(weights)}), and "
-            f"{_size(shutil.disk_usage(output_dir).free)} are free ({error}). {kept_by_training(output_dir)}"
+            f"{_size(free)} are free ({error}). {kept_by_training(output_dir)}"
         ) from error
 
 

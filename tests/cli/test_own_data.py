@@ -186,6 +186,7 @@ def test_what_is_refused_is_said_in_one_sentence(capsys, options, message):
     assert run(f"moecal check {options} --output refused") == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error, error
+    assert not list(Path("refused").glob("*.parts/*"))  # so that the next one begins without --resume
 
 
 def test_the_remedy_for_unknown_labels_works(home, capsys):
@@ -269,6 +270,7 @@ def test_a_full_disk_names_the_file_and_what_is_kept(home, capsys, monkeypatch):
     assert run(line, *often) == 2
     error = capsys.readouterr().err
     assert "the disk is full: writing full/checkpoint-8 takes up to" in error and "Traceback" not in error
+    assert [path.name for path in Path("full").glob("checkpoint-*")] == ["checkpoint-4"]
     assert "full/checkpoint-4 is complete; go on from it with the same command and --resume." in error
     monkeypatch.setattr(modeling, "safe_save_file", real)
     assert run(line, *often, "--resume") == 0
