@@ -159,24 +159,23 @@ def _load(name: str, spec: Mapping[str, Any]) -> Dataset:
     if "path" not in spec:
         raise ValueError(f"Set {name!r} has no `path`; give a Hub id or a file.")
     path, split = expand(spec["path"]), spec.get("split", "train")
-    suffix = Path(path).suffix.lower()
-    if "://" not in path and (suffix in FILE_KINDS or Path(path).exists()):
-        given = [key for key in ("split", "name", "revision") if key in spec]
-        if given:
-            raise ValueError(
-                f"Set {name!r}: a file has no {', '.join(given)}; choose rows with `where: {{column: value}}`."
-            )
-        try:
-            return read_rows(path)
-        except ValueError as error:
-            raise ValueError(f"Set {name!r}: {error}") from error
+    suffix, local = Path(path).suffix.lower(), "://" not in path
     from datasets import load_dataset
 
-    if "://" in path and suffix in FILE_KINDS:
+    if suffix not in FILE_KINDS and not (local and Path(path).exists()):
+        return load_dataset(path, spec.get("name"), split=split, revision=spec.get("revision"))
+    given = [key for key in ("split", "name", "revision") if key in spec]
+    if given:
+        raise ValueError(
+            f"Set {name!r}: a file has no {', '.join(given)}; choose rows with `where: {{column: value}}`."
+        )
+    if not local:
         kind = {".jsonl": "json", ".tsv": "csv"}.get(suffix, suffix[1:])
-        more = {"sep": "\t"} if suffix == ".tsv" else {}
-        return load_dataset(kind, data_files=path, split="train", **more)
-    return load_dataset(path, spec.get("name"), split=split, revision=spec.get("revision"))
+        return load_dataset(kind, data_files=path, split="train", **({"sep": "\t"} if suffix == ".tsv" else {}))
+    try:
+        return read_rows(path)
+    except ValueError as error:
+        raise ValueError(f"Set {name!r}: {error}") from error
 
 
 def _where(name: str, dataset: Dataset, conditions: Mapping[str, Any]) -> Dataset:

@@ -163,7 +163,7 @@ def test_bad_commands_end_with_one_sentence(trained, capsys, tmp_path):
         (["evaluate"], "give either a predictions table or"),
         (["evaluate", "nowhere.parquet"], "No predictions table at 'nowhere.parquet'"),
         (["evaluate", str(trained / "table.parquet"), "--group", "sex"], "the table has no column 'sex'"),
-        (["report", "x.parquet", "--output", "o"], "tables are given as NAME=FILE"),
+        (["report", "x.parquet", "--output", "o"], "given as NAME=FILE, as in ERM=erm.parquet"),
         (
             ["predict", "--model", "m", "--config", str(trained / "recipe.yaml"), "--sets", "x", "--output", "o"],
             "has no set ['x']",
