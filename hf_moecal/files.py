@@ -91,7 +91,7 @@ def _parquet(path: Path) -> Dataset:
                 f"{str(file)!r} is not a whole Parquet file ({error}); was it cut short, or is it of another kind?"
             ) from error
     if not rows:
-        raise ValueError(f"{str(path)!r} has no rows.")
+        raise ValueError(f"{str(path)!r} holds no row.")
     return Dataset.from_parquet(list(map(str, files)))
 
 
@@ -119,7 +119,7 @@ def _objects(text: str, path: Path) -> dict[str, pa.Array]:
     """Columns of JSON lines, or of one list of objects."""
     found = list(_listed(text, path) if text.lstrip()[0] == "[" and path.suffix == ".json" else _lines(text, path))
     if not found:
-        raise ValueError(f"{str(path)!r} has no rows.")
+        raise ValueError(f"{str(path)!r} holds no row.")
     for place, row in found:
         if not isinstance(row, dict):
             kind = {list: "a list", str: "a text"}.get(type(row), repr(row))
@@ -194,7 +194,7 @@ def _separated(text: str, path: Path, own: str) -> dict[str, pa.Array]:
     if twice is not None:
         raise ValueError(f"{str(path)!r} has two columns {twice!r}; rename one in the first line.")
     if len(records) == 1:
-        raise ValueError(f"{str(path)!r} has a header ({', '.join(header)}) and no rows.")
+        raise ValueError(f"{str(path)!r} has a header ({', '.join(header)}) and holds no row.")
     columns = zip(*records[1:], strict=True)
     return {name: pa.array(_typed(values)) for name, values in zip(header, columns, strict=True)}
 

@@ -83,6 +83,7 @@ COLUMNS = (
     "expert_weights",
     "expert_logits",
 )
+LISTS = ("logits", "probs", "expert_ids", "expert_weights")  # columns of numbers in lists
 SCORINGS = ("per_token", "total", "per_byte", "label_word")
 """How answer options are scored: by mean or total log-likelihood, that per byte, or by the logit of one word."""
 
@@ -121,6 +122,9 @@ def columns(table: Dataset | Mapping[str, Any], *wanted: str) -> dict[str, np.nd
 
 
 def _as_array(name: str, column: Any) -> np.ndarray:
+    if type(column).__module__.split(".")[0] == "torch":
+        column = column.detach().cpu()
+        column = (column.float() if str(column.dtype) == "torch.bfloat16" else column).numpy()
     if hasattr(column, "to_numpy"):  # pandas, pyarrow
         column = column.to_numpy()
     values = (
@@ -128,6 +132,13 @@ def _as_array(name: str, column: Any) -> np.ndarray:
     )
     try:
         array = np.asarray(values)
+        if (
+            array.dtype == object
+            and array.ndim == 1
+            and len(array)
+            and isinstance(array[0], list | tuple | np.ndarray)
+        ):
+            array = np.array([np.asarray(row) for row in array])  # pandas keeps the rows of a list column apart
     except ValueError as error:
         raise ValueError(
             f"Column {name!r} has rows of different lengths; pad them, or split the table by length."
@@ -140,9 +151,32 @@ def _as_array(name: str, column: Any) -> np.ndarray:
 def read_table(path: str | Path) -> Dataset:
     """Reads a predictions table from a file, or from a folder of Parquet files; see [`hf_moecal.files.read_rows`].
 
+    List columns that a CSV file holds as text, such as `[0.9, 0.1]`, become lists of numbers.
+
     Raises:
-        ValueError: the path does not exist, is empty or broken, or has an unknown ending.
+        ValueError: the path does not exist, has an unknown ending, is broken, holds no row, or has a list that cannot
+            be read.
     """
     if not Path(path).exists():
         raise ValueError(f"No predictions table at {str(path)!r}: give a file or a folder of .parquet files.")
-    return read_rows(path)
+    table = read_rows(path)
+    return _with_lists(table) if Path(path).suffix.lower() in (".csv", ".tsv") else table
+
+
+def _with_lists(table: Dataset) -> Dataset:
+    for name in [name for name in LISTS if name in table.column_names]:
+        cells = table[name][:]
+        if isinstance(cells[0], str):
+            rows = [_numbers(name, i, cell) for i, cell in enumerate(cells)]
+            table = table.remove_columns(name).add_column(name, rows)
+    return table
+
+
+def _numbers(name: str, row: int, cell: Any) -> list[float]:
+    try:
+        found = [float(number) for number in str(cell).strip("[]() ").replace(",", " ").replace(";", " ").split()]
+    except ValueError:
+        found = []
+    if not found:
+        raise ValueError(f"Column {name!r} holds {str(cell)[:40]!r} in row {row}; write a list as [0.9, 0.1].")
+    return [int(number) for number in found] if name == "expert_ids" else found

@@ -26,7 +26,8 @@ import numpy as np
 
 from hf_moecal.metrics import calibration_report, expected_calibration_error, metric_path
 from hf_moecal.metrics.binning import cells, equal_width
-from hf_moecal.metrics.figures import interval
+from hf_moecal.metrics.chance import Bins
+from hf_moecal.metrics.uncertainty import error_interval, evidence
 
 
 def timed(functions: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
@@ -143,32 +144,25 @@ def through_evaluate(rows: int, repeat: int) -> dict[str, float]:
     return {"direct, seconds": found["direct"], "evaluate / direct": found["evaluate"] / found["direct"]}
 
 
-def bootstrap(rows: int, repeat: int) -> dict[str, float]:
-    """1,000 resamples for each of 20 groups against one plain pass over each group."""
+def intervals(rows: int, repeat: int) -> dict[str, float]:
+    """Interval and p-value of each of 20 groups against one plain pass over each group."""
     rng = np.random.default_rng(0)
     confidence = rng.beta(5, 2, rows)
-    correct, groups = rng.random(rows) < confidence, rng.integers(0, 20, rows)
-    members = [np.flatnonzero(groups == group) for group in range(20)]
-    parts = [(confidence[index], correct[index]) for index in members]
-
-    summed = [cells(c, y, equal_width(15))[:, 0] for c, y in parts]
-
-    def report(draws: int) -> dict:
-        return calibration_report(confidence=confidence, correct=correct, groups=groups, bootstrap=draws, ranked=False)
-
-    found = timed(
-        {
-            "with": lambda: report(1000),
-            "resampling": lambda: [interval(moments, 1000, 0) for moments in summed],
-            "plain": lambda: [expected_calibration_error(confidence=c, correct=y) for c, y in parts],
-        },
-        repeat,
-    )
-    return {
-        "report with 1000 resamples, seconds": found["with"],
-        "resampling alone / one plain pass per group": found["resampling"] / found["plain"],
-        "whole report / one plain pass per group": found["with"] / found["plain"],
-    }
+    groups = rng.integers(0, 20, rows)
+    found = {}
+    for name, gap in (("calibrated", 0.0), ("wrong by .05", 0.05)):
+        correct = rng.random(rows) < confidence - gap
+        parts = [(confidence[groups == group], correct[groups == group]) for group in range(20)]
+        summed = [Bins.of(cells(c, y, equal_width(15))) for c, y in parts]
+        seconds = timed(
+            {
+                "intervals": lambda summed=summed: [error_interval(evidence(bins)) for bins in summed],
+                "plain": lambda parts=parts: [expected_calibration_error(confidence=c, correct=y) for c, y in parts],
+            },
+            repeat,
+        )
+        found[f"{name}: intervals / one plain pass per group"] = seconds["intervals"] / seconds["plain"]
+    return found
 
 
 def main() -> None:
@@ -183,7 +177,7 @@ def main() -> None:
         "equal_mass": (equal_mass, options.rows),
         "matrix": (matrix, options.rows // 10),
         "through_evaluate": (through_evaluate, options.rows // 10),
-        "bootstrap": (bootstrap, options.rows // 10),
+        "intervals": (intervals, options.rows // 10),
     }
     for name, (case, rows) in cases.items():
         if not options.only or name in options.only:

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from hf_moecal.drift.logs import read_reference, to_sequences
+from hf_moecal.drift.logs import encode, read_reference
 from hf_moecal.drift.monitor import monitor
-from hf_moecal.drift.statistics import DriftDetector
+from hf_moecal.drift.windows import WindowStream
 
 
 DOMAINS = ("movie", "tweets", "reviews", "editorials")
@@ -121,16 +121,16 @@ class Alarm:
 
     def __init__(self, reference: Log, *, sequence: str | None = None, **settings: Any) -> None:
         self.schema, rows = read_reference(reference, sequence=sequence)
-        self.detector = DriftDetector(to_sequences(rows, self.schema), alpha=ALPHA, **settings)
+        self.stream = WindowStream(self.schema, rows, alpha=ALPHA, **settings)
 
     def __call__(self, window: Log) -> bool:
-        rows = {**window, "prediction": self._codes(window["prediction"])}
-        self.detector.update(to_sequences(rows, self.schema))
-        return any(feature.drift for feature in self.detector.close())
-
-    def _codes(self, values: np.ndarray) -> np.ndarray:
-        known = list(self.schema.categories["prediction"])
-        return np.array([known.index(value) if value in known else len(known) for value in values.tolist()])
+        classes = self.schema.categories["prediction"]
+        rows = {**window, "prediction": encode(window["prediction"].tolist(), classes)}
+        if self.schema.sequence:
+            rows[self.schema.sequence] = rows[self.schema.sequence].astype(str)
+        list(self.stream.add(rows))
+        (found,) = self.stream.finish()
+        return found.drift
 
 
 def false_alarms(log: Log, *, windows: int, rng: np.random.Generator) -> list[dict[str, Any]]:

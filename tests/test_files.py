@@ -71,7 +71,7 @@ def test_json_keeps_what_some_rows_have(tmp_path):
 
 REFUSED = {
     "empty.csv": (b" \n", "is empty"),
-    "header.csv": (b"text,label\n", r"has a header \(text, label\) and no rows"),
+    "header.csv": (b"text,label\n", r"has a header \(text, label\) and holds no row"),
     "ragged.csv": (b'text,label\n"a",1\nb,c,2\n', r"line 3 has 3 fields, the first 2 \(separated by ','\)"),
     "quote.csv": (b'text,label\n"a,1\nb,2\n', "line 3: unexpected end of data; check the double quotes"),
     "twice.csv": (b"text,text\na,b\n", "has two columns 'text'"),
@@ -83,7 +83,7 @@ REFUSED = {
         r"line 3: column 'a' holds a text here \('x'\) and a number",
     ),
     "none.jsonl": (b"[]\n", "line 1 holds a list"),
-    "none.json": (b"[]", "has no rows"),
+    "none.json": (b"[]", "holds no row"),
     "cut.parquet": (b"PAR1", "is not a whole Parquet file"),
     "x.xlsx": (b"PK", "a file ends in .csv, .json, .jsonl, .parquet, .tsv"),
 }
@@ -99,7 +99,7 @@ def test_what_is_broken_is_said_with_its_place(tmp_path, name):
 
 def test_a_parquet_file_without_rows(tmp_path):
     Dataset.from_dict(ROWS).select([]).to_parquet(str(tmp_path / "none.parquet"))
-    with pytest.raises(ValueError, match="none.parquet' has no rows"):
+    with pytest.raises(ValueError, match="none.parquet' holds no row"):
         read_table(tmp_path / "none.parquet")
 
 

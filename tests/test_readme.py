@@ -24,14 +24,19 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     MixtralForSequenceClassification(config).save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
-    for name, topic in {"movie": "film", "movie_test": "film", "tweets": "food"}.items():
-        rows = [{**row, "domain": topic} for row in sentences(topic, 24)]
+    for name, topic in {"movie": "film", "movie_validation": "film", "tweets": "food"}.items():
+        rows = [{**row, "domain": topic, "id": f"{name}-{i}"} for i, row in enumerate(sentences(topic, 24))]
+        if name == "movie_validation":  # some are hard
+            rows = [{**row, "label": (row["label"] + (i % 6 > 3)) % 2} for i, row in enumerate(rows)]
         Dataset.from_list(rows).to_parquet(str(tmp_path / f"{name}.parquet"))
     code = code.replace("Qwen/Qwen1.5-MoE-A2.7B", str(tmp_path / "model"))
-    code = code.replace('MoECalArguments("out",', 'MoECalArguments("out", report_to="none", use_cpu=True,')
+    code = code.replace(
+        'MoECalArguments("out")', 'MoECalArguments("out", report_to="none", use_cpu=True, learning_rate=3e-3)'
+    )
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     assert "'ece':" in capsys.readouterr().out
+    assert "conservative_temperature" in (tmp_path / "out" / "calibration.json").read_text()
 
 
 @pytest.mark.parametrize(

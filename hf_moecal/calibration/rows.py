@@ -119,7 +119,8 @@ class Rows:
                 f"Label {wrong[0]} is out of range: the table has {classes} classes, so labels are 0 to "
                 f"{classes - 1}, or {IGNORED_LABEL} for a row without one."
             )
-        absent = np.take_along_axis(self.logits, self.labels[:, None], axis=1)[:, 0] <= ABSENT_LOGIT / 2
+        of_labels = np.take_along_axis(self.logits, self.labels[:, None], axis=1)[:, 0].astype(np.float64)
+        absent = of_labels <= ABSENT_LOGIT / 2
         if absent.any():
             row = int(np.flatnonzero(absent)[0])
             raise ValueError(

@@ -35,6 +35,7 @@ _FIGURES = (
 )
 _SHRUNK = "shrunk_temperature"
 _SINGLE = ("temperature", "conservative_temperature", "robust_temperature", "filtered_robust_temperature")
+_CAUTIOUS = _SINGLE[1:]
 _EVIDENCE = 0.2  # above this a temperature is taken, so much drawn to 1 as the evidence is weak
 _ERRORS, _ERRORS_OF_SINGLE = 1.5, 2.0  # standard errors by which another method must be better
 _MOST_CLASSES = 256  # for the methods with parameters per class
@@ -160,7 +161,7 @@ def calibrate_table(
     # A temperature per known group cannot be judged on a group that it never saw.
     groups = None if method != AUTO and "group" in reads else _groups(rows.table)
     assignment = _folds(len(rows), groups, folds, seed)
-    skipped = _misfits(builders, rows) if method == AUTO else {}
+    skipped = _misfits(builders, rows, by_groups=groups is not None) if method == AUTO else {}
     judged = held_out(builders, rows, assignment, skipped, strict=method != AUTO, progress=progress)
     losses = {name: np.minimum(figures[NLL], LARGEST_LOSS) for name, figures in judged.items()}
     weights = np.ones(len(rows)) if rows.weights is None else rows.weights
@@ -227,7 +228,7 @@ def _folds(count: int, groups: np.ndarray | None, folds: int, seed: int) -> np.n
     return of_unit if groups is None else of_unit[groups]
 
 
-def _misfits(builders: Mapping[str, Callable[[], Calibrator]], rows: Rows) -> dict[str, str]:
+def _misfits(builders: Mapping[str, Callable[[], Calibrator]], rows: Rows, *, by_groups: bool) -> dict[str, str]:
     """The methods that these rows do not bear, and why, before any time is spent on them."""
     classes, present, found = rows.logits.shape[1], names(rows.table), {}
     for name, build in builders.items():
@@ -236,6 +237,8 @@ def _misfits(builders: Mapping[str, Callable[[], Calibrator]], rows: Rows) -> di
             found[name] = f"the table has no column {', '.join(map(repr, missing))}"
         elif isinstance(calibrator, PerClass) and classes > _MOST_CLASSES:
             found[name] = f"{classes:,} classes; compared up to {_MOST_CLASSES}, or when it is named"
+        elif classes > _MOST_CLASSES and name in _CAUTIOUS and not by_groups:
+            found[name] = f"{classes:,} classes; only held-out groups could speak for it"
         elif misfit := calibrator.misfit(rows):
             found[name] = misfit.rstrip(".").split(". ")[0]
     return found

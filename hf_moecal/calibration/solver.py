@@ -19,7 +19,7 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
 _ROUGH_ROWS = 1000
 _SLAB, _PRIOR_ODDS = 1.0, 0.5  # of a temperature other than one: the spread of log T, and the odds
 _WIDE = np.linspace(-4.0, 4.0, 33)  # log T where the rows hardly say
-_STEPS = np.linspace(-5.0, 5.0, 9)  # log T in standard errors around the best; the sum is exact to 1e-3 at this step
+_STEPS = np.linspace(-5.0, 5.0, 13)  # log T in standard errors around the best
 _BLOCK = 1 << 21  # float64 elements worked on at once: keeps a vocabulary-sized table out of memory
 
 

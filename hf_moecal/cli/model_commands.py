@@ -12,7 +12,7 @@ import yaml
 from .command import Command, Options, Outcome, named_files
 from .interrupted import kept_by_training
 from .own_data import add_data_options, given_data_options, overridden, own_recipe
-from .tables import grouped_by, read_given
+from .tables import add_reading, grouped_by, read_given
 
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--license", help="the model's license, as the Hub names them (default: the base model's)")
     parser.add_argument("--private", action="store_true", default=None)
     parser.add_argument("--revision", help="branch")
-    parser.add_argument("--renormalize", action="store_true", help="divide each row of rounded probs by its sum")
+    add_reading(parser)
 
 
 def _push(options: Options) -> Outcome:
@@ -226,7 +226,7 @@ def _push(options: Options) -> Outcome:
 
     evaluation = calibrated = None
     if options.table is not None:
-        table = grouped_by(read_given(options.table, renormalize=options.renormalize), "group")
+        table = grouped_by(read_given(options.table, options), "group")
         raw, applied = before_and_after(options.model, table)
         evaluation = table_report(raw)["groups"]
         calibrated = None if applied is None else table_report(applied)["groups"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..files import FILE_KINDS
 from .command import Options
+from .tables import LABELS_HELP
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +17,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("own data")
     data.add_argument("--text", metavar="COLUMN", help="column with the text (default: text)")
     data.add_argument("--label", metavar="COLUMN", help="column with the label, a class or its name (default: label)")
-    data.add_argument("--labels", nargs="+", metavar="LABEL=CLASS", help="class of each label, as in negative=0")
+    data.add_argument("--labels", nargs="+", metavar="LABEL=CLASS", help=LABELS_HELP)
     data.add_argument("--task", choices=["classification", "choice", "lm"], help="default: classification")
     data.add_argument("--prompt", help='of --task choice or lm: a column, or a text as in "{question} Answer:"')
     data.add_argument("--options", nargs="+", metavar="OPTION", help="of choice: a column, or the options of all rows")

@@ -20,18 +20,19 @@ import torch
 from torch import nn
 
 from ..files import FILE_KINDS
-from ..model.freezing import head_modules, set_trainable
+from ..model.freezing import set_trainable
 from ..model.lora import add_lora
 from ..probes import MoELayer, UnsupportedMoEError, find_moe_layers
 from ..readouts.committee import attach_members
-from ..readouts.mixture import AUTO
 from ..training.methods import settle
 from .plan_launch import Launch, read_launch
 from .plan_memory import (
     GIB,
+    Asked,
     Counts,
     Memory,
     activation_memory,
+    asked_of_experts,
     count_parameters,
     logits_memory,
     state_memory,
@@ -78,27 +79,6 @@ class Batch:
     @property
     def examples(self) -> int:
         return self.per_device * self.accumulation * self.devices
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What judging a token takes besides the model's forward.
-
-    Args:
-        experts (`int`): how many predict for it.
-        forwards (`float`): the parameters that take part, the head's for each expert among them, in units of those
-            that one token uses in the model's forward.
-        at_most (`bool`): whether it may be fewer.
-    """
-
-    experts: int
-    forwards: float
-    at_most: bool = False
-
-    def __str__(self) -> str:
-        most = "up to " if self.at_most else ""
-        hint = "; readout_experts=auto asks fewer" if self.forwards > 1 and not self.at_most else ""
-        return f"each judged token asks {most}{self.experts} experts, {most}{self.forwards:.2g} forwards of one{hint}"
 
 
 @dataclass(frozen=True)
@@ -231,7 +211,7 @@ def make_plan(
             checkpointing=bool(args.gradient_checkpointing) or launch.checkpointing,
             itemsize=computes,
         )
-        asked = _asked(model, layers, args, count_parameters(weights).active)
+        asked = asked_of_experts(model, layers, args, count_parameters(weights).active)
     states = state_memory(weights, launch)
     config = model.config.get_text_config()
     classes = model.config.num_labels if args.task == "classification" else config.vocab_size
@@ -322,19 +302,6 @@ def _moe_layers(model: PreTrainedModel, args: MoECalArguments) -> tuple[list[MoE
         if args.objective == "robust_filtered":
             raise
         return [], str(reason)
-
-
-def _asked(model: PreTrainedModel, layers: list[MoELayer], args: MoECalArguments, active: float) -> Asked | None:
-    """What the readout, or the filter, asks of the last layer's experts."""
-    probed = args.readout != "native" or args.objective == "robust_filtered"
-    if not layers or not probed:
-        return None
-    last, soft = layers[-1], args.readout == "soft_mixture"
-    wanted = args.readout_experts if isinstance(args.readout_experts, int) else last.num_experts
-    experts = wanted if soft else last.top_k or last.num_experts
-    head = sum(p.numel() for module in head_modules(model).values() for p in module.parameters())
-    each = sum(p.numel() for p in last.module.parameters()) / last.num_experts + head
-    return Asked(experts, experts * each / active, at_most=soft and args.readout_experts == AUTO)
 
 
 def _with_precision(launch: Launch, args: MoECalArguments) -> Launch:

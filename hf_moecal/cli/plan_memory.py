@@ -10,15 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..model.freezing import head_modules
 from ..model.head import CHUNK_ELEMENTS
 from ..probes import MoELayer
+from ..readouts.mixture import AUTO
 from .plan_launch import Launch
+
+
+if TYPE_CHECKING:
+    from ..training.arguments import MoECalArguments
 
 
 GIB = 2**30
@@ -289,3 +295,39 @@ class _Kept:
             scale = self._scale if tensor.dtype in (torch.bfloat16, torch.float16) else 1
             self.sizes[storage._cdata] = storage.nbytes() * scale
         return storage._cdata
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What judging a token takes besides the model's forward.
+
+    Args:
+        experts (`int`): how many predict for it.
+        forwards (`float`): the parameters that take part, the head's for each expert among them, in units of those
+            that one token uses in the model's forward.
+        at_most (`bool`): whether it may be fewer.
+    """
+
+    experts: int
+    forwards: float
+    at_most: bool = False
+
+    def __str__(self) -> str:
+        most = "up to " if self.at_most else ""
+        hint = "; readout_experts=auto asks fewer" if self.forwards > 1 and not self.at_most else ""
+        return f"each judged token asks {most}{self.experts} experts, {most}{self.forwards:.2g} forwards of one{hint}"
+
+
+def asked_of_experts(
+    model: PreTrainedModel, layers: list[MoELayer], args: MoECalArguments, active: float
+) -> Asked | None:
+    """What the readout, or the filter, asks of the last layer's experts."""
+    probed = args.readout != "native" or args.objective == "robust_filtered"
+    if not layers or not probed:
+        return None
+    last, soft = layers[-1], args.readout == "soft_mixture"
+    wanted = args.readout_experts if isinstance(args.readout_experts, int) else last.num_experts
+    experts = wanted if soft else last.top_k or last.num_experts
+    head = sum(p.numel() for module in head_modules(model).values() for p in module.parameters())
+    each = sum(p.numel() for p in last.module.parameters()) / last.num_experts + head
+    return Asked(experts, experts * each / active, at_most=soft and args.readout_experts == AUTO)

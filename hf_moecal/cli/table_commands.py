@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .command import Command, Options, Outcome, named_files
 from .interrupted import kept_by_predicting
 from .own_data import add_data_options, given_data_options, own_recipe, set_name
-from .tables import add_samples, given, grouped_by, judged_by, read_given, without_calibration
+from .tables import add_reading, add_samples, given, grouped_by, judged_by, read_given, without_calibration
 from .verdict import verdict
 
 
@@ -181,10 +181,6 @@ def _kept_by_predict(options: Options) -> str:
     return kept_by_predicting(options.output)
 
 
-def _add_renormalize(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--renormalize", action="store_true", help="divide each row of rounded probs by its sum")
-
-
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", nargs="?", help="predictions table: .parquet, .jsonl, .csv or .tsv")
     add_samples(parser)
@@ -192,7 +188,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--confidence", metavar="COLUMN", help="judge this confidence, with --correct")
     parser.add_argument("--correct", metavar="COLUMN", help="column that says whether, or how far, a row is right")
     parser.add_argument("--bins", type=int, default=15)
-    _add_renormalize(parser)
+    add_reading(parser)
 
 
 def _evaluate(options: Options) -> Outcome:
@@ -214,7 +210,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder of the checkpoint")
     parser.add_argument("--method", default="auto", help="auto (cross-validated choice) or a method's name")
     parser.add_argument("--data-name", help="name of the data, for the record")
-    _add_renormalize(parser)
+    add_reading(parser)
 
 
 def _calibrate(options: Options) -> Outcome:
@@ -238,7 +234,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         "--hard-routed", nargs="+", default=(), metavar="NAME=TABLE", help="the same methods' predict --hard-routing 1"
     )
     parser.add_argument("--hard", help="boolean column that marks the hard subset")
-    _add_renormalize(parser)
+    add_reading(parser)
 
 
 def _report(options: Options) -> Outcome:
@@ -246,7 +242,7 @@ def _report(options: Options) -> Outcome:
 
     def read(items: list[str]) -> dict[str, Dataset]:
         files = named_files(items, "ERM=erm.parquet")
-        return {name: read_given(path, renormalize=options.renormalize) for name, path in files.items()}
+        return {name: read_given(path, options) for name, path in files.items()}
 
     tables, hard_routed = read(options.tables), read(options.hard_routed)
     written = write_report(

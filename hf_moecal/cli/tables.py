@@ -9,13 +9,32 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datasets import Dataset
 
+LABELS_HELP = "class of each label, as in negative=0 positive=1, or all in order: negative,positive"
 
-def read_given(path: str, *, renormalize: bool) -> Dataset:
-    """The predictions table of a file or folder; with `renormalize` each row of its `probs` sums to one."""
+
+def read_given(path: str, options: argparse.Namespace) -> Dataset:
+    """The predictions table of a file or folder.
+
+    With `renormalize` each row of its `probs` is made to sum to one; with `labels` the columns `label` and `prediction`
+    may hold names.
+    """
     from ..metrics import renormalized_table
+    from ..model.labels import class_numbers, read_mapping
     from ..table import read_table
 
-    return renormalized_table(read_table(path)) if renormalize else read_table(path)
+    table = renormalized_table(read_table(path)) if options.renormalize else read_table(path)
+    for column in ("label", "prediction"):
+        if options.labels is not None and column in table.column_names and isinstance(table[column][0], str):
+            mapping = read_mapping(options.labels, {})
+            numbers = class_numbers(table[column][:], {}, mapping=mapping, where=f"column {column!r}")
+            table = table.remove_columns(column).add_column(column, numbers)
+    return table
+
+
+def add_reading(command: argparse.ArgumentParser) -> None:
+    """Options that say how a table is to be read."""
+    command.add_argument("--renormalize", action="store_true", help="divide each row of rounded probs by its sum")
+    command.add_argument("--labels", nargs="+", metavar="LABEL=CLASS", help=LABELS_HELP)
 
 
 def add_samples(command: argparse.ArgumentParser) -> None:
@@ -37,7 +56,7 @@ def given(options: argparse.Namespace) -> Dataset:
         return read_lm_eval_samples(options.lm_eval_samples, run=options.date or NEWEST, filter=options.filter)
     if options.date is not None or options.filter is not None:
         raise ValueError("--run and --filter choose among --lm-eval-samples; a table has neither.")
-    return read_given(options.table, renormalize=options.renormalize)
+    return read_given(options.table, options)
 
 
 def grouped_by(table: Dataset, column: str) -> Dataset:
@@ -58,7 +77,7 @@ def judged_by(table: Dataset, confidence: str | None, correct: str | None) -> Da
     missing = [name for name in named.values() if name not in table.column_names]
     if missing:
         raise ValueError(f"the table has no column {missing[0]!r}; it has {table.column_names}.")
-    judged = table.select_columns(["group"])
+    judged = table.select_columns([name for name in ("group", "sample_weight") if name in table.column_names])
     for name, column in named.items():
         judged = judged.add_column(name, [float("nan") if value is None else value for value in table[column]])
     return judged

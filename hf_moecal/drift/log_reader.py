@@ -229,7 +229,11 @@ def _json_piece(
     present = [*dict.fromkeys(name for row in parsed for name in row)]
     if whole and present:
         _require_columns(source, schema, present)
-    wanted = [*dict.fromkeys([*_wanted(schema, present), *(n for n in schema.needed if n not in DERIVED)])]
+    wanted = [
+        *dict.fromkeys(
+            [*_wanted(schema, present), *(n for n in schema.needed if n not in DERIVED or "probs" not in present)]
+        )
+    ]
     columns = {
         name: _arrow([row.get(name) for row in parsed], _arrow_type(name, schema), name, faults) for name in wanted
     }

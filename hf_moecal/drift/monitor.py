@@ -178,6 +178,7 @@ class _Watch:
         self.result = MonitorResult(totals=totals, correlation=stream.detector.correlations())
         self.position: dict[str, Any] = {}
         self.last: dict[str, Any] | None = None
+        self.warned = bool(self.result.correlation)
         if stream.schema.sequence is None:
             self._say_correlation()
 
@@ -194,6 +195,17 @@ class _Watch:
             logger.info(
                 "rows that follow each other in the reference are not correlated; if it is not in the order of its "
                 "log, the first 8 windows of a correlated log may alarm without drift: name its `sequence` column"
+            )
+
+    def _warn_of_correlation(self) -> None:
+        found = {} if self.warned else self.stream.detector.learnt()
+        if found:
+            self.warned = True
+            logger.warning(
+                "rows that follow each other in the log are correlated, those of the reference are not (%s rows count "
+                "as one observation from now on; alarms of earlier windows may be false): name the column of their "
+                "conversation or user in `sequence`",
+                ", ".join(f"{name}: {rows:.1f}" for name, rows in found.items()),
             )
 
     def resume(self, settings: dict[str, Any]) -> None:
@@ -240,6 +252,7 @@ class _Watch:
         totals["windows"], totals["drifted"] = totals["windows"] + 1, totals["drifted"] + window.drift
         totals["rows"] += window.rows
         self.last = window.to_dict()
+        self._warn_of_correlation()
         self.files.record(self.last)
         self.write_metrics()
         logger.log(logging.WARNING if window.drift else logging.INFO, "%s", window)

@@ -55,8 +55,9 @@ def follow_rotation(folder: Path, sources: list[Path], position: dict[str, Posit
         del position[name]
     current = {path.name for path in sources}
     for name, entry in moved.items():
-        beside = sorted(path for path in folder.glob(Path(name).stem + "*") if path.name not in position)
-        found = next((path for path in beside if path.name != name and is_continued(path, entry)), None)
+        beside = (path for path in sorted(folder.iterdir()) if path.name.startswith(Path(name).stem))
+        free = (path for path in beside if path.name != name and path.name not in position)
+        found = next((path for path in free if is_continued(path, entry)), None)
         if found:
             position[found.name] = entry
         elif name in current:

@@ -143,6 +143,11 @@ class DriftDetector:
             name: {"lag1": c.lag1, "rows_per_observation": c.reference(c.size)} for name, c in found.items() if c.known
         }
 
+    def learnt(self) -> dict[str, float]:
+        """feature -> how many rows of the log are worth one independent row, of those found correlated."""
+        found = {name: test.correlation.log() for name, test in self.tests.items() if test.correlation}
+        return {name: rows for name, rows in found.items() if rows > 1}
+
     def arrays(self) -> dict[str, np.ndarray]:
         """The open window, and what was learnt from the windows before, as named arrays, to be kept across a
         restart."""

@@ -141,6 +141,7 @@ def read_correct(correct: Any, n: int) -> np.ndarray:
 
 def read_labels(labels: Any, *, n: int, classes: int | None, what: str, renormalize: bool = False) -> np.ndarray:
     """Class indices as int64 [N], or a float64 [N, C] distribution of raters (not where `classes` is unknown)."""
+    _refuse_names(labels)
     array = as_array("labels", labels, ndim=(1,) if classes is None else (1, 2))
     check_length("labels", array, n, what)
     if array.ndim == 2:
@@ -158,6 +159,15 @@ def read_labels(labels: Any, *, n: int, classes: int | None, what: str, renormal
         row, span = int(np.flatnonzero(bad)[0]), "at least 0" if classes is None else f"in 0..{classes - 1}"
         raise ValueError(f"labels must be {span} ({IGNORED_LABEL} means no label), but row {row} is {array[row]}.")
     return array
+
+
+def _refuse_names(labels: Any) -> None:
+    first = labels[0] if hasattr(labels, "__getitem__") and hasattr(labels, "__len__") and len(labels) else None
+    if isinstance(first, str):
+        raise ValueError(
+            f"labels are names ({str(first)!r}), not numbers of classes; map them, for example with the model's "
+            "config.label2id, or name the classes in the order of the columns: --labels negative,positive."
+        )
 
 
 def _soft_labels(array: np.ndarray, classes: int, renormalize: bool) -> np.ndarray:

@@ -18,7 +18,7 @@ from .chance import FEW, STEPS_SHOW, Bins, merged, tail
 LEVEL = 0.05
 _Z = 1.959963984540054  # normal quantile that leaves out half of LEVEL
 _SURE = 1.5  # standard errors by which a bin's gap is shortened before its sign is believed
-_HALVINGS = 4
+_HALVINGS = 3
 _STEPS = 50
 _normal = np.vectorize(lambda z: 0.5 * math.erfc(-z / math.sqrt(2.0)), otypes=[float])
 
@@ -64,9 +64,9 @@ def _lower(bins: Bins, p: float, tests: int) -> float:
         noise = float((bins.share**2 * _deviation(bins, bins.confidence - t * gap) ** 2).sum()) * bins.shared
         wider = math.sqrt(1.0 + t * t * between / noise) if noise > 0 else 1.0
         chance = tail(bins, bins.confidence - t * gap, t * sure, (1.0 - t) * error / wider)
-        return math.log(chance * tests / (LEVEL * (1.0 - 0.5 * t)))
+        return _rarity(LEVEL) - _rarity(chance * tests / (1.0 - 0.5 * t))
 
-    low, high = (0.0, math.log(p * tests / LEVEL)), (1.0, math.log(1.0 / LEVEL))
+    low, high = (0.0, _rarity(LEVEL) - _rarity(p * tests)), (1.0, _rarity(LEVEL) - _rarity(0.5))
     if low[1] >= 0.0:
         return 0.0
     for _ in range(_HALVINGS):
@@ -74,6 +74,11 @@ def _lower(bins: Bins, p: float, tests: int) -> float:
         value = excess(middle)
         low, high = ((middle, value), high) if value < 0 else (low, (middle, value))
     return error * (low[0] + low[1] / (low[1] - high[1]) * (high[0] - low[0]))
+
+
+def _rarity(chance: float) -> float:
+    """A scale on which normal tails are nearly straight, so that a point between two can be read off."""
+    return math.sqrt(-2.0 * math.log(min(chance, 1.0)))
 
 
 def _upper(bins: Bins) -> float:
@@ -98,8 +103,8 @@ def _upper_on(bins: Bins, side: np.ndarray) -> float:
     def truth(multiple: np.ndarray | float) -> np.ndarray:
         return _score_limit(bins.confidence, bins.count, multiple, side, bins.spread)
 
-    smallest = min((bins.count * rate * (1.0 - rate)).min() for rate in (bins.confidence, bins.accuracy))
-    if smallest >= 25.0 or len(bins.share) > FEW:
+    even = np.minimum(*(bins.count * rate * (1.0 - rate) for rate in (bins.confidence, bins.accuracy)))
+    if bins.share[even < 25.0].sum() <= 0.05 or len(bins.share) > FEW:
         return _upper_of_many(bins, truth)
 
     def chance(multiple: float) -> float:
@@ -111,7 +116,7 @@ def _upper_on(bins: Bins, side: np.ndarray) -> float:
     low, high = 0.0, 2.0
     while chance(high) > 0.5 * LEVEL and high < 1e3:
         low, high = high, 2.0 * high
-    for _ in range(2 * _HALVINGS):
+    for _ in range(8):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if chance(middle) > 0.5 * LEVEL else (low, middle)
     return float(bins.share @ np.abs(bins.confidence - truth(high)))

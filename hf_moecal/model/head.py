@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..probes.capture import autocast_state, base_of
-from ..probes.replay import patched
+from ..probes.tail import patched
 
 
 # Logits of one chunk, rounded up to whole rows: 32 MiB in float32, twice as much with their log-probabilities. Blocks
@@ -141,6 +141,43 @@ class RowSelector:
         self._due = self._base is self._outer  # another model may share this head
         hidden, tokens = args[0], self._tokens[:1] if self._chunked() else self._tokens
         return (hidden.reshape(-1, hidden.shape[-1])[tokens].unsqueeze(0), *args[1:])
+
+
+@contextmanager
+def same_length(model: nn.Module, *, unless: Callable[[], bool]) -> Iterator[None]:
+    """Within the block, forwards that make a sequence longer than its `input_ids` raise a `ValueError`.
+
+    Positions are counted in `input_ids`; with virtual tokens before them each would be read at another token's place.
+
+    Args:
+        model (`nn.Module`): as it is called.
+        unless (`Callable`): whether a forward now is a replay, in which nothing is counted.
+    """
+    outer = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    base = None if outer is None else getattr(outer, outer.base_model_prefix, outer)
+    given: list[torch.Size] = []
+
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        given[:] = [ids.shape] if isinstance(ids, Tensor) and not unless() else []
+
+    def compare(module: nn.Module, args: tuple, output: Any) -> None:
+        hidden = getattr(output, "last_hidden_state", None)
+        if given and hidden is not None and not unless() and hidden.shape[:2] != given.pop():
+            raise ValueError(
+                f"{type(model).__name__} makes sequences of {hidden.shape[1]} positions of its `input_ids`, as with "
+                "virtual tokens before them, so that no prediction stands where its token does; use an adapter that "
+                "leaves the positions as they are, such as LoRA."
+            )
+
+    handles = [model.register_forward_pre_hook(note, with_kwargs=True)]
+    if base is not None:
+        handles.append(base.register_forward_hook(compare))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def pooled_positions(ids: Tensor, pad_token_id: int | None) -> Tensor:

@@ -69,12 +69,16 @@ def class_numbers(
 
 
 def read_mapping(items: Sequence[str], names: Mapping[str, int]) -> dict[str, int]:
-    """The mapping that `LABEL=CLASS` items say; a class is a number or one of the model's names.
+    """The mapping that `LABEL=CLASS` items say, or one item with all labels in order, separated by commas.
+
+    A class is a number or one of the model's names.
 
     Raises:
         ValueError: an item has no class, names an unknown one, or a label comes twice.
     """
     found: dict[str, int] = {}
+    if len(items) == 1 and "=" not in items[0] and "," in items[0]:
+        items = [f"{label.strip()}={number}" for number, label in enumerate(items[0].split(","))]
     for item in items:
         label, sign, wanted = item.rpartition("=")
         if not sign or not label or not (wanted.isdecimal() or wanted in names):

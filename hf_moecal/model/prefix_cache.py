@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from tqdm.auto import tqdm
 
-from ..probes.replay import patched, without_checkpointing
+from ..probes.replay import without_checkpointing
+from ..probes.tail import patched
 from .freezing import check_frozen, last_moe_site
 from .head import RowSelector, pooled_positions
 from .precision import float_parameters, widest_precision

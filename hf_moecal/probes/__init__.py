@@ -20,8 +20,16 @@ from .agreement import among, disagreement, disagreement_and_regret, first_order
 from .capture import Recorder, model_parts
 from .certify import Certificate
 from .counterfactual import Counterfactuals
-from .routing import MoELayer, RoutingRecord, UnsupportedMoEError, find_moe_layers, hard_routing
+from .routing import (
+    MoELayer,
+    RoutingRecord,
+    UnsupportedMoEError,
+    choose_layers,
+    find_moe_layers,
+    pick_layer,
+)
 from .routing_load import RoutingStatistics, routing_statistics
+from .strongest import hard_routing
 
 
 Layer = int | str | None
@@ -271,7 +279,7 @@ class ExpertProbe:
             raise ValueError(f"Several layers are probed; say layer= one of {[item.name for item in self.layers]}.")
         if isinstance(layer, int) and -len(self.layers) <= layer < 0:
             return self.layers[layer]
-        return _pick(self.layers, layer, [item.index for item in self.layers])
+        return pick_layer(self.layers, layer, [item.index for item in self.layers])
 
     def _flat(self, tokens: Tensor) -> Tensor:
         batch, length = self._answers.capture.batch_shape
@@ -294,26 +302,6 @@ class ExpertProbe:
                 f"got {int(tokens.min())} to {int(tokens.max())}."
             )
         return tokens.to(self._answers.capture.last_hidden.device)
-
-
-def _pick(layers: Sequence[MoELayer], wanted: int | str, indices: Sequence[int]) -> MoELayer:
-    for layer in layers:
-        if wanted == layer.name or (isinstance(wanted, int) and wanted == layer.index):
-            return layer
-    raise ValueError(
-        f"No MoE layer {wanted!r}: give an index among {list(indices)} or one of {[layer.name for layer in layers]}."
-    )
-
-
-def _choose(found: list[MoELayer], layer: int | str | Sequence[int | str]) -> list[MoELayer]:
-    if layer == "all":
-        return found
-    wanted = [layer] if isinstance(layer, (int, str)) else list(layer)
-    wanted = [item + len(found) if isinstance(item, int) and item < 0 else item for item in wanted]
-    chosen = {_pick(found, item, range(-len(found), len(found))).name for item in wanted}
-    if not chosen:
-        raise ValueError("No layer to probe: give an index, a name, a list of them, or 'all'.")
-    return [item for item in found if item.name in chosen]
 
 
 @contextmanager
@@ -356,7 +344,7 @@ def probe_experts(model: nn.Module, layer: int | str | Sequence[int | str] = -1)
 
 def expert_probe(model: nn.Module, layer: int | str | Sequence[int | str] = -1) -> ExpertProbe:
     """A probe that watches nothing yet; see [`probe_experts`] for the arguments and [`ExpertProbe.watching`]."""
-    layers = _choose(find_moe_layers(model), layer)
+    layers = choose_layers(find_moe_layers(model), layer)
     return ExpertProbe(Recorder(model_parts(model, layers), layers, replayed={chosen.name for chosen in layers}))
 
 

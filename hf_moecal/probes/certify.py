@@ -19,17 +19,19 @@ from .replay import (
     final_norm,
     fresh,
     gather_hidden,
+    of_other_modalities,
     own_cache,
     prefix_hidden,
     replaying,
-    tail,
     take_rows,
 )
 from .routing import MoELayer, UnsupportedMoEError, hooked
 from .sharding import is_sharded, of_first_process, unsharded
+from .tail import logits_of, tail
 
 
 _TOLERANCE = 1e-5  # of the logits' scale, in float32
+_ROWS = 4  # of a batch with images, on which paths are compared
 _NEAR = 2  # times the nearest path's own error, where only a low precision can tell
 
 
@@ -109,8 +111,10 @@ def certify(parts: ModelParts, layer: MoELayer, capture: Capture, columns: int) 
         UnsupportedMoEError: no path gives the logits of brute force.
     """
     with torch.no_grad(), evaluating(parts.outer), replaying(parts, capture.autocast):
-        longest = _mask(capture).sum(-1).argmax()[None]
-        inputs = take_rows(fresh(capture.inputs), capture.batch_shape[0], longest)
+        inputs = fresh(capture.inputs)
+        if not of_other_modalities(inputs):  # else of the whole batch, as they do not say whose images they are
+            longest = _mask(capture).sum(-1).argmax()[None]
+            inputs = take_rows(inputs, capture.batch_shape[0], longest)
         if is_sharded(parts):
             inputs = of_first_process(inputs, capture.last_hidden.device)
         logits, seen = _observed(parts, layer, inputs)
@@ -197,7 +201,7 @@ def _pushed(parts: ModelParts, seen: Capture, route: Reroute) -> Reroute:
 def _observed(parts: ModelParts, layer: MoELayer, inputs: dict[str, Any]) -> tuple[Tensor, Capture]:
     recorder = Recorder(parts, [layer], replayed={layer.name})
     with recorder.attached(), unsharded(parts, parts.outer):
-        logits = parts.outer(**own_cache(inputs)).logits
+        logits = logits_of(parts.outer(**own_cache(inputs)), parts)
     return logits, recorder.capture
 
 
@@ -227,10 +231,13 @@ def real_tokens(capture: Capture) -> Tensor:
 def _certified_tokens(parts: ModelParts, seen: Capture, logits: Tensor) -> Tensor:
     """The last real token of the row and one in the middle; for a classifier the token that it reads."""
     if logits.dim() == 2:
-        each = tail(parts, seen, seen.last_hidden.transpose(0, 1))
-        return (each - logits).abs().amax(-1).argmin()[None]
+        each = tail(parts, seen, seen.last_hidden[:1].transpose(0, 1))
+        return (each - logits[:1]).abs().amax(-1).argmin()[None]
     real = real_tokens(seen)
-    return torch.unique(real[[len(real) // 2, -1]])
+    if not of_other_modalities(seen.inputs):
+        return torch.unique(real[[len(real) // 2, -1]])
+    rows = [real[real // seen.batch_shape[1] == row] for row in range(min(seen.batch_shape[0], _ROWS))]
+    return torch.cat([own[[len(own) // 2, -1]].unique() for own in rows if len(own)])  # any may have the images
 
 
 def brute_force(
@@ -244,14 +251,14 @@ def brute_force(
     shape = route.alone.shape[:2]
     logits, changes = [], []
     for token, alone in zip(route.tokens.repeat_interleave(shape[1]), route.alone.flatten(0, 1), strict=True):
-        found, after = _rerouted(parts, layer, inputs, token, alone)
+        found, after = _rerouted(parts, layer, seen, inputs, token, alone)
         logits.append(found)
         changes.append(_norm_input(parts, after, token) - _norm_input(parts, seen, token))
     return torch.stack(logits).unflatten(0, shape), torch.stack(changes).unflatten(0, shape)
 
 
 def _rerouted(
-    parts: ModelParts, layer: MoELayer, inputs: dict[str, Any], token: Tensor, alone: Tensor
+    parts: ModelParts, layer: MoELayer, seen: Capture, inputs: dict[str, Any], token: Tensor, alone: Tensor
 ) -> tuple[Tensor, Capture]:
     def replace_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return replaced_at(layer, output, token, alone)
@@ -259,11 +266,14 @@ def _rerouted(
     handles = [layer.module.register_forward_hook(replace_output)]
     head = parts.outer.get_output_embeddings()
     if head is not None:  # never the logits of all positions
-        handles.append(head.register_forward_pre_hook(lambda _, args: (args[0][:, token[None]],)))
+        place = token % seen.batch_shape[1]
+        handles.append(head.register_forward_pre_hook(lambda _, args: (args[0][:, place[None]],)))
     with hooked(handles):
         logits, capture = _observed(parts, layer, inputs)
-    everywhere = head is None and logits.dim() == 3
-    return (logits[0, token] if everywhere else logits.reshape(-1, logits.shape[-1])[-1]), capture
+    row, place = token // capture.batch_shape[1], token % capture.batch_shape[1]
+    if head is None:
+        return (logits[row, place] if logits.dim() == 3 else logits[row]), capture
+    return logits[row, -1], capture
 
 
 def _norm_input(parts: ModelParts, capture: Capture, token: Tensor) -> Tensor:

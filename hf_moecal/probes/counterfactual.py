@@ -13,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from .capture import Capture, Recorder
 from .certify import Certificate, certify, columns_of, counterfactual_logits, observe_random, real_tokens
 from .experts import ExpertCall, consult
-from .replay import Reroute, replaying, tail
+from .replay import Reroute, replaying
 from .router import RouterLink, find_link, full_shares
 from .routing import MoELayer, RoutingRecord
 from .sharding import is_sharded, most
+from .tail import tail
 
 
 _CHUNK_ELEMENTS = 2**24  # logits, or hidden states of whole sequences, of one chunk of tokens

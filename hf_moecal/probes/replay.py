@@ -26,25 +26,10 @@ from .capture import Capture, ModelParts, replays
 from .experts import ExpertCall, as_output, consult, run_experts
 from .routing import MoELayer, UnsupportedMoEError, uncompiled
 from .sharding import unsharded
+from .tail import patched
 
 
-_MISSING = object()
-
-
-@contextmanager
-def patched(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
-    """Replaces the forward of module instances and restores exactly what was there."""
-    before = {module: vars(module).get("forward", _MISSING) for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, forward in before.items():
-            if forward is _MISSING:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = forward
+OTHER_INPUTS = ("pixel_", "image_", "video_", "audio_", "input_features", "input_values", "second_per_grid")
 
 
 @contextmanager
@@ -108,40 +93,6 @@ def _muted_head(outer: nn.Module) -> Iterator[None]:
 
 def _origin(hook: Callable) -> str:
     return getattr(hook, "__module__", None) or type(hook).__module__
-
-
-def tail(parts: ModelParts, capture: Capture, hidden: Tensor) -> Tensor:
-    """Logits `[R, V]` of final hidden states `[R, 1, H]`, through the outer model's own forward."""
-    if parts.base is parts.outer:
-        raise ValueError(
-            f"{type(parts.outer).__name__} has no head, so its experts predict nothing; "
-            "load the model with AutoModelForCausalLM or AutoModelForSequenceClassification."
-        )
-    # A classification head without padding token refuses batches.
-    rows = (
-        1 if parts.outer.config.get_text_config().pad_token_id is None and not _has_vocabulary(parts) else len(hidden)
-    )
-    return torch.cat([_tail(parts, capture, part) for part in hidden.split(rows)])
-
-
-def _tail(parts: ModelParts, capture: Capture, hidden: Tensor) -> Tensor:
-    tokens = torch.full(hidden.shape[:2], _real_token(parts.outer), dtype=torch.long, device=hidden.device)
-
-    def stub(*args: Any, **kwargs: Any) -> Any:
-        return type(capture.output)(last_hidden_state=hidden)
-
-    with unsharded(parts, parts.outer), patched({parts.base: stub}):
-        logits = parts.outer(input_ids=tokens, use_cache=False).logits
-    return logits.reshape(hidden.shape[0], -1)
-
-
-def _has_vocabulary(parts: ModelParts) -> bool:
-    return parts.outer.get_output_embeddings() is not None
-
-
-def _real_token(outer: nn.Module) -> int:
-    """A token id that no sequence-classification head takes for padding."""
-    return 1 if outer.config.get_text_config().pad_token_id == 0 else 0
 
 
 @dataclass(frozen=True)
@@ -216,6 +167,12 @@ def gather_hidden(parts: ModelParts, capture: Capture, layer: MoELayer, route: R
 def prefix_hidden(parts: ModelParts, capture: Capture, layer: MoELayer, route: Reroute) -> Tensor:
     """Last hidden states `[n, m, H]`: whole sequences from the layer's own decoder layer on, per token and expert."""
     call, (batch, length) = capture.call(layer.name), capture.batch_shape
+    site, others = parts.sites[layer.name], of_other_modalities(capture.inputs)
+    if others and site.position + 1 < len(site.blocks):
+        raise UnsupportedMoEError(
+            f"Later layers than that of {layer.name} may see {others[0]} again, and nothing says which row it is of; "
+            "probe the last MoE layer, or give text alone."
+        )
     repeated = route.tokens.repeat_interleave(route.alone.shape[1])
     rows, place = repeated // length, torch.arange(len(repeated), device=repeated.device) * length + repeated % length
 
@@ -280,27 +237,48 @@ def _at_rows(value: Tensor, batch_shape: tuple[int, int], rows: Tensor) -> Tenso
     return value
 
 
+def of_other_modalities(inputs: dict[str, Any]) -> list[str]:
+    """Names of the inputs that are images, videos or sounds: nothing in them says to which row they belong."""
+    return [name for name, value in inputs.items() if name.startswith(OTHER_INPUTS) and value is not None]
+
+
 def take_rows(inputs: dict[str, Any], batch: int, rows: Tensor) -> dict[str, Any]:
-    """The inputs of some batch rows; what has no batch dimension stays."""
+    """The inputs of some batch rows; what has no batch dimension stays, images and the like are left out."""
 
     def take(value: Any, name: str) -> Any:
         if isinstance(value, dict):
             return {key: take(item, key) for key, item in value.items()}
         if name in CACHE_NAMES and value is not None:
-            return _cache_rows(value, rows)
+            return _cache_rows(value, batch, rows)
         if not isinstance(value, Tensor) or value.dim() < 2:
             return value
         if name == "position_ids" and value.dim() == 3 and value.shape[1] == batch:
             return value[:, rows]
         return value[rows] if value.shape[0] == batch else value
 
-    return {name: take(value, name) for name, value in inputs.items()}
+    others = of_other_modalities(inputs)
+    return {name: take(value, name) for name, value in inputs.items() if name not in others}
 
 
-def _cache_rows(cache: Any, rows: Tensor) -> Any:
+def _cache_rows(cache: Any, batch: int, rows: Tensor) -> Any:
+    """A copy of a cache with some of its rows, also where its layers offer no selection (static, linear ones)."""
     cache = copy.deepcopy(cache)
-    cache.batch_select_indices(rows)
+    for layer in cache.layers:
+        for name, value in vars(layer).items():
+            if name == "max_batch_size":
+                setattr(layer, name, len(rows))
+            else:
+                setattr(layer, name, tree_map(lambda leaf: _leading_rows(leaf, batch, rows), value))
     return cache
+
+
+def _leading_rows(value: Any, batch: int, rows: Tensor) -> Any:
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return value
+    if value.shape[0] == batch:
+        return value[rows.to(value.device)]
+    # Positions of several kinds, one set for each.
+    return value[:, rows.to(value.device)] if value.dim() == 3 and value.shape[1] == batch else value
 
 
 def own_cache(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -246,10 +246,30 @@ def _why_unsupported(model: nn.Module) -> str:
     }
     if not suspects:
         return f"{type(model).__name__} has no MoE layer: give a sparse Mixture-of-Experts model."
+    if any(isinstance(module._modules.get("experts"), nn.ModuleList) for module in model.modules()):
+        return (
+            f"The experts of {type(model).__name__} are a list of modules, as in remote code, so "
+            f"no call of one module consults them. {_remedy(model)}"
+        )
     found = "; ".join(f"{name}({', '.join(parameters)})" for name, parameters in suspects.items())
     return (
         f"The experts of {type(model).__name__} cannot be consulted one by one: none of its modules computes "
         f"experts({', '.join(_CONTRACT)}), which weights the experts' outputs. Found instead: {found}."
+    )
+
+
+def _remedy(model: nn.Module) -> str:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in CONFIG_MAPPING_NAMES:
+        return (
+            f"transformers has {kind!r} itself, with experts in one module: load the checkpoint without "
+            "trust_remote_code=True."
+        )
+    return (
+        f"transformers does not have the type {kind!r} itself; where it has the architecture under another name "
+        "(many are deepseek_v3), set `model_type` in config.json to that and load it without trust_remote_code=True."
     )
 
 
@@ -271,52 +291,6 @@ def bind_experts(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tupl
 
 
 @contextmanager
-def hard_routing(model: nn.Module, *, top_k: int = 1) -> Iterator[None]:
-    """Routes every token to its strongest experts only, for the hard against soft comparison on any model.
-
-    The weights of the others become zero and the kept ones are scaled so that each token keeps its routing mass.
-
-    Args:
-        model (`nn.Module`): a supported MoE model; it is restored on exit.
-        top_k (`int`): experts that each token keeps.
-
-    Raises:
-        ValueError: `top_k` is not a positive integer.
-        UnsupportedMoEError: the model's experts cannot be weighted.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from transformers import MixtralConfig, MixtralForCausalLM
-    >>> from hf_moecal import hard_routing
-    >>> config = MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-    ...     num_attention_heads=2, num_key_value_heads=1, num_local_experts=4)
-    >>> model = MixtralForCausalLM(config).eval()
-    >>> with torch.no_grad(), hard_routing(model):
-    ...     hard = model(input_ids=torch.tensor([[1, 2, 3]])).logits
-
-    ```
-    """
-    if not isinstance(top_k, int) or top_k < 1:
-        raise ValueError(f"hard_routing keeps at least one expert per token, got top_k={top_k!r}.")
-    handles: list[torch.utils.hooks.RemovableHandle] = []
-    with hooked(handles), uncompiled():
-        for layer in find_moe_layers(model):
-            if layer.scales_inputs and layer.top_k is not None and layer.top_k <= top_k:
-                continue  # each token has so few experts anyway
-            if layer.scales_inputs:
-                raise UnsupportedMoEError(
-                    f"The weights of {layer.name} scale what its experts read; hard_routing changes what they put out."
-                )
-            ran: set[nn.Module] = set()
-            hook = layer.module.register_forward_pre_hook(_keep_strongest(top_k, ran), with_kwargs=True)
-            block = model.get_submodule(layer.name.rpartition(".")[0])
-            handles += [hook, block.register_forward_hook(_ensure_ran(layer, ran))]
-        yield
-
-
-@contextmanager
 def uncompiled() -> Iterator[None]:
     """Compiled code runs as it was written inside this context: it would ignore hooks that came later."""
     if "torch._dynamo" not in sys.modules:
@@ -326,35 +300,23 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
-def _ensure_ran(layer: MoELayer, ran: set[nn.Module]) -> Callable[..., None]:
-    """A hook on the block around an experts module: in each of its forwards the experts' own hook has to fire."""
-
-    def hook(block: nn.Module, args: tuple, output: Any) -> None:
-        stubbed = getattr(vars(block).get("forward"), "__module__", "").startswith(__package__.partition(".")[0])
-        if layer.module not in ran and not stubbed:  # by a replay, which gives what the block gave
-            raise UnsupportedMoEError(
-                f"{layer.name} does not run as a module, as with MXFP4 kernels, so its weights cannot be changed; "
-                "load the model with quantization_config=Mxfp4Config(dequantize=True)."
-            )
-        ran.clear()
-
-    return hook
+def pick_layer(layers: Sequence[MoELayer], wanted: int | str, indices: Sequence[int]) -> MoELayer:
+    """The one of some layers that an index or a name means."""
+    for layer in layers:
+        if wanted == layer.name or (isinstance(wanted, int) and wanted == layer.index):
+            return layer
+    raise ValueError(
+        f"No MoE layer {wanted!r}: give an index among {list(indices)} or one of {[layer.name for layer in layers]}."
+    )
 
 
-def _keep_strongest(top_k: int, ran: set[nn.Module]) -> Callable[..., tuple[tuple, dict]]:
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        ran.add(module)
-        hidden, index, weights = bind_experts(module, args, kwargs)
-        return (hidden, index, strongest_weights(weights, top_k)), {}
-
-    return hook
-
-
-def strongest_weights(weights: Tensor, top_k: int) -> Tensor:
-    """The `top_k` largest weights of each row scaled to the row's mass, zero elsewhere; shape `[T, k]`."""
-    if top_k >= weights.shape[-1]:
-        return weights
-    kept = torch.zeros_like(weights).scatter(-1, weights.topk(top_k, dim=-1).indices, 1.0)
-    kept = kept * weights
-    total = kept.sum(-1, keepdim=True)
-    return kept * (weights.sum(-1, keepdim=True) / total.masked_fill(total == 0, 1))
+def choose_layers(found: list[MoELayer], layer: int | str | Sequence[int | str]) -> list[MoELayer]:
+    """Those of a model's layers that indices or names mean, in the model's order."""
+    if layer == "all":
+        return found
+    wanted = [layer] if isinstance(layer, (int, str)) else list(layer)
+    wanted = [item + len(found) if isinstance(item, int) and item < 0 else item for item in wanted]
+    chosen = {pick_layer(found, item, range(-len(found), len(found))).name for item in wanted}
+    if not chosen:
+        raise ValueError("No layer to probe: give an index, a name, a list of them, or 'all'.")
+    return [item for item in found if item.name in chosen]

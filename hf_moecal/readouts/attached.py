@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.head import CHUNK_ELEMENTS, RowSelector
+from ..model.head import CHUNK_ELEMENTS, RowSelector, same_length
 from ..probes import ExpertProbe, expert_probe
 from ..probes.routing import upcast
 from .committee import Shared, member_models
@@ -91,6 +91,7 @@ class AttachedReadout:
     def __enter__(self) -> AttachedReadout:
         self._thread = threading.get_ident()
         with ExitStack() as stack:
+            stack.enter_context(same_length(self._model, unless=lambda: self.is_quiet))
             for member in self.members:
                 stack.enter_context(nullcontext() if member.probe is None else member.probe.watching())
                 stack.enter_context(member.selector or nullcontext())

@@ -23,8 +23,8 @@ from ..model.freezing import CONTAINER, head_modules, last_moe_site
 from ..model.weight_files import MEMBERS_FILE
 from ..probes.capture import autocast_state
 from ..probes.certify import evaluating
-from ..probes.replay import patched
 from ..probes.routing import hooked, upcast
+from ..probes.tail import patched
 from ..versions import CACHE_NAMES, cache_name, given_cache
 
 

@@ -34,13 +34,14 @@ def outcomes(table: Table, *more: str) -> dict[str, np.ndarray]:
         more: further columns to carry along.
 
     Returns:
-        `confidence`, `correct`, `row` (position in the table) [n]; `label` [n], `probs` [n, C], `nll` and `brier` [n]
-        as far as they are there; and `more`.
+        `confidence`, `correct`, `row` (position in the table) [n]; `label` [n], `probs` [n, C], `nll`, `brier` and
+        `sample_weight` [n] as far as they are there; and `more`.
 
     Raises:
         ValueError: a needed column is missing, or no row has a label.
     """
     present = names(table)
+    more = (*more, *(["sample_weight"] if "sample_weight" in present and "sample_weight" not in more else []))
     if not {"probs", "logits"} & set(present) and "correct" in present:
         return _judged_outcomes(table, *more)
     given = next((name for name in ("probs", "logits") if name in present), None)
@@ -77,6 +78,7 @@ def scores(found: Mapping[str, np.ndarray], *, bins: int = 15) -> dict[str, Any]
     report = calibration_report(
         found["label"] if "probs" in found else None,
         **{name: found[name] for name in given},
+        sample_weight=found.get("sample_weight"),
         bins=bins,
     )
     return {name: plain(report.get(name)) for name in SCORES}
@@ -122,7 +124,9 @@ def reliability(table: Table, *, bins: int = 15) -> dict[str, Any]:
 
 def diagram(found: Mapping[str, np.ndarray], *, bins: int = 15) -> dict[str, Any]:
     """[`reliability`] of what [`outcomes`] returned."""
-    binned = plain(reliability_bins(found["confidence"], found["correct"], bins=bins))
+    binned = plain(
+        reliability_bins(found["confidence"], found["correct"], bins=bins, sample_weight=found.get("sample_weight"))
+    )
     low, high = binned.pop("band_low"), binned.pop("band_high")
     return {**binned, "low": low, "high": high, "scores": scores(found, bins=bins)}
 

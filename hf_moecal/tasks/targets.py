@@ -172,20 +172,37 @@ def token_figures(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([-own, confidence, prediction, probs.square().sum(-1) - 2 * own.exp() + 1], dim=-1)
 
 
-def real_tokens(dataset: Any) -> list[list[int]]:
+def real_tokens(dataset: Any, *, broken: str = "refuse") -> list[list[int]]:
     """Token ids of every row of a dataset, without what its `attention_mask` (if it has one) marks as padding.
 
+    Args:
+        dataset (`datasets.Dataset`): with a column `input_ids`.
+        broken (`str`, *optional*, defaults to `"refuse"`): what becomes of rows whose mask leaves out tokens between
+            others, which stand elsewhere without these: `"refuse"` raises, `"drop"` leaves the rows out.
+
     Raises:
-        ValueError: a row has no token.
+        ValueError: a row has no token, or a mask with holes.
     """
     rows = [list(map(int, ids)) for ids in dataset["input_ids"]]
     if "attention_mask" in dataset.column_names:
-        masks = dataset["attention_mask"]
+        masks = [list(map(bool, mask)) for mask in dataset["attention_mask"]]
+        whole = [_is_unbroken(mask) for mask in masks]
+        if broken == "refuse" and not all(whole):
+            raise ValueError(
+                f"Row {whole.index(False)} has an `attention_mask` that leaves out tokens between others; drop these "
+                "tokens, or such rows: padding belongs before or behind a sequence."
+            )
         rows = [
             [token for token, kept in zip(ids, mask, strict=True) if kept]
-            for ids, mask in zip(rows, masks, strict=True)
+            for ids, mask, one in zip(rows, masks, whole, strict=True)
+            if one
         ]
     return without_empty(rows)
+
+
+def _is_unbroken(mask: list[bool]) -> bool:
+    first = mask.index(True) if any(mask) else 0
+    return all(mask[first : first + sum(mask)])
 
 
 def without_empty(rows: list[list[int]]) -> list[list[int]]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
+from ..probes import find_moe_layers
 from .arguments import MoECalArguments
 
 
@@ -95,6 +96,8 @@ def check_model(model: nn.Module, args: MoECalArguments) -> None:
         raise ValueError(
             "The model has one output (num_labels=1), so it is a regression; load it with num_labels=2 or more."
         )
+    if args.objective == "robust_filtered" or args.readout != "native":
+        find_moe_layers(model)  # refuses a model without mixtures now, not after the warm-up
     prompts = [c for c in getattr(model, "peft_config", {}).values() if getattr(c, "is_prompt_learning", False)]
     kinds = [str(getattr(c.peft_type, "value", c.peft_type)) for c in prompts]
     if set(kinds) - {"PREFIX_TUNING"}:

@@ -25,9 +25,9 @@ from ..model.loading import load_classifier
 from ..model.prefix_cache import PrefixCache
 from ..predictions import predict
 from ..predictions.classifier import padded, tokenized
-from ..readouts.committee import count_members, drop_members
+from ..readouts.committee import count_members, drop_members, save_members
 from ..readouts.mixture import Readout
-from ..readouts.recorded import load_committee, recorded_readout
+from ..readouts.recorded import load_committee, record_readout, recorded_readout
 from ..table import IGNORED_LABEL, columns
 
 
@@ -179,6 +179,8 @@ def distill_checkpoint(
     model.to(PartialState().device)
     found = distill(model, dataset, processing_class=tokenizer, readout=kind, readout_experts=experts, **settings)
     model.save_pretrained(output_dir)
+    save_members(model, output_dir)  # none: what another committee may have left goes, as does its calibration
+    record_readout(output_dir, Readout())
     tokenizer.save_pretrained(output_dir)
     teacher = Readout(kind, experts, members=own.members).name
     ids = [key for key in (dataset["id"] if "id" in dataset.column_names else []) if isinstance(key, str)]

@@ -88,7 +88,7 @@ class LossComputer:
         columns = getattr(dataset, "column_names", None) or ()
         filled = self._prefix is not None and self._args.task == "classification"
         if filled and "input_ids" in columns and hasattr(dataset, "__len__"):
-            self._prefix.fill(real_tokens(dataset), progress=not self._args.disable_tqdm)
+            self._prefix.fill(real_tokens(dataset, broken="drop"), progress=not self._args.disable_tqdm)
 
     def targets(self, inputs: Mapping[str, Any]) -> AnyTargets:
         """The judged rows of a batch."""

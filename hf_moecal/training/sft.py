@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, set_seed
+from transformers.training_args import ParallelMode
 
 from .arguments import MoECalArguments
 from .compatibility import check_arguments
@@ -21,6 +22,7 @@ from .trainer import MoECalMixin
 
 try:
     from trl import SFTConfig, SFTTrainer
+    from trl.trainer.utils import create_model_from_path
 except ImportError as error:
     raise ImportError("Supervised fine-tuning needs trl; install it with `pip install 'hf_moecal[trl]'`.") from error
 
@@ -37,8 +39,8 @@ class MoECalSFTConfig(SFTConfig, MoECalArguments):
         kwargs: fields of the two classes.
 
     Raises:
-        ValueError: a field is out of range, or asks for what cannot be combined with the objective: `packing`,
-            `padding_free`, `activation_offloading`, or another `loss_type` than `"nll"`.
+        ValueError: a field is out of range, or asks for what cannot be combined with the objective:
+            `activation_offloading`, or another `loss_type` than `"nll"`.
 
     Example:
 
@@ -63,12 +65,6 @@ class MoECalSFTConfig(SFTConfig, MoECalArguments):
                 f"`loss_type={self.loss_type!r}` would replace the losses that the objective weighs; set "
                 "loss_type='nll'. The logits exist in chunks anyway."
             )
-        for name in ("packing", "eval_packing", "padding_free"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"`{name}=True` joins several texts to one row, whose figures in evaluation would not be those of "
-                    "one answer; set it to False."
-                )
         if self.activation_offloading:
             raise ValueError(
                 "`activation_offloading=True` is not supported; set it to False. `gradient_checkpointing=True`, the "
@@ -83,9 +79,11 @@ class MoECalSFTTrainer(MoECalMixin, SFTTrainer):
     """`trl.SFTTrainer` with objectives that keep the confidence of answers honest under shift.
 
     Everything that SFTTrainer does with data holds: text, prompt-completion and conversational datasets,
-    `completion_only_loss`, `assistant_only_loss`, chat templates, `peft_config`. The objective is that of
-    [`MoECalTrainer`] with `task="lm"`, over the whole optimizer batch: an example is an answer, with the mean loss of
-    its supervised tokens (`example="sequence"`), or a token (`example="token"`).
+    `completion_only_loss`, `assistant_only_loss`, chat templates, `peft_config`, `packing` and `padding_free`. The
+    objective is that of [`MoECalTrainer`] with `task="lm"`, over the whole optimizer batch: an example is an answer,
+    with the mean loss of its supervised tokens (`example="sequence"`), or a token (`example="token"`). Answers that
+    are packed into one row stay examples of their own (with `packing_strategy="wrapped"`, which cuts texts anywhere, a
+    row is one example).
 
     SFTTrainer's `entropy`, `mean_token_accuracy` and `num_tokens` are logged too, of the forward that trains: each
     token counts once, however often the objective looks at it. `evaluate` gives `eval_<set>_ece` and so on of tokens
@@ -127,6 +125,8 @@ class MoECalSFTTrainer(MoECalMixin, SFTTrainer):
                 f"`peft_config` and train={args.train!r} both choose what trains; leave `peft_config` out, or set "
                 "train='all'."
             )
+        if isinstance(model, str) and args.train != "all":
+            model = _loaded(model, args)  # what trains is chosen in the model itself
         with warnings.catch_warnings():  # about SFTTrainer's own way to smooth labels, which is not taken here
             warnings.filterwarnings("ignore", "`label_smoothing_factor` is deprecated", FutureWarning)
             super().__init__(model, args, **kwargs)
@@ -160,6 +160,16 @@ class MoECalSFTTrainer(MoECalMixin, SFTTrainer):
         kept["entropy"].append(entropy / judged if judged else 0.0)
         kept["mean_token_accuracy"].append(hits / judged if judged else 0.0)
         kept["num_tokens"] = [self._total_train_tokens]
+
+
+def _loaded(model: str, args: MoECalSFTConfig) -> nn.Module:
+    """The model of an id or a folder, as SFTTrainer loads it; its seed comes first there too."""
+    given = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if args.parallel_mode == ParallelMode.DISTRIBUTED:
+        given["device_map"] = None
+    set_seed(args.seed)
+    args.model_init_kwargs = None  # they have taken effect
+    return create_model_from_path(model, **given)
 
 
 def _entropy_and_hit(logits: Tensor, labels: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from transformers import Trainer
 
 from ..metrics import calibration_metrics
 from ..model.freezing import CONTAINER, what_trains
-from ..probes import find_moe_layers
 from ..readouts.committee import member_names
 from ..tasks.choice import CHOICE_COLUMNS, ChoiceCollator
 from .arguments import MoECalArguments
@@ -42,6 +41,9 @@ from .publishing import PublishingMixin
 from .streaming import choose_batch_type
 
 
+_PATIENCE = 10  # optimizer batches without any label, from the first on, after which a run is refused
+
+
 class MoECalMixin(EvaluationMixin, CheckpointMixin, PublishingMixin):
     """Makes the Trainer behind it optimise `args.objective` over the whole optimizer batch; see [`MoECalTrainer`]."""
 
@@ -54,8 +56,8 @@ class MoECalMixin(EvaluationMixin, CheckpointMixin, PublishingMixin):
         kwargs = named_arguments(super().__init__, given, kwargs)
         check_arguments(args, kwargs)
         self._label_name = label_name(args)
-        labels = {self._label_name} if self.needs_labels else None
-        check_datasets(kwargs.get("train_dataset"), kwargs.get("eval_dataset"), labels=labels)
+        sets = kwargs.get("train_dataset"), kwargs.get("eval_dataset")
+        check_datasets(*sets, labels={self._label_name} if self.needs_labels else None)
         adapted = kwargs.get("peft_config") is not None
         self.method = "" if model is None else settle(args, model, sharded=is_sharded(args), adapted=adapted)
         model = prepared_model(model, args)
@@ -88,8 +90,6 @@ class MoECalMixin(EvaluationMixin, CheckpointMixin, PublishingMixin):
         self._batch_type, self.normalizes = choose_batch_type(
             self.model, args, accelerator=self.accelerator, balanced=self._balance > 0
         )
-        if args.objective == "robust_filtered" or args.readout != "native":
-            find_moe_layers(self.model)  # refuses a model without mixtures now, not after the warm-up
 
     def _start_over(self) -> None:
         """Forgets the optimizer batches of a run."""
@@ -189,10 +189,11 @@ class MoECalMixin(EvaluationMixin, CheckpointMixin, PublishingMixin):
         if "loss" in logs and self._summaries:
             logs = {**logs, **average_summaries(self._summaries, accelerator=self.accelerator)}
             self._summaries = []
-        if self._steps["skipped"] and not self._steps["trained"]:
+        skipped = self._steps["skipped"]
+        if not self._steps["trained"] and skipped >= (1 if "train_loss" in logs else _PATIENCE):
             raise ValueError(
-                f"No example has a label (all are -100) in any of the {self._steps['skipped']} optimizer batches so "
-                "far; check the labels of the dataset."
+                f"No example has a label (all are -100) in any of the {skipped} optimizer batches so far; check the "
+                "labels of the dataset."
             )
         if "loss" in logs and self._steps["skipped since the last log"]:
             logs = {**logs, "skipped_steps": self._steps["skipped since the last log"]}
@@ -208,8 +209,6 @@ class MoECalMixin(EvaluationMixin, CheckpointMixin, PublishingMixin):
         """A further member's parameters decay as member 0's do."""
         names = {name for name in super().get_decay_parameter_names(model) if not name.startswith(f"{CONTAINER}.")}
         return [*names, *(key for key, name in member_names(model).items() if name in names)]
-
-    # The objective.
 
     def _first_pass(self, model: nn.Module) -> None:
         """Measures the losses of micro-batches 1, 2, ... without gradient, where the coefficients depend on them."""
@@ -318,11 +317,14 @@ class MoECalTrainer(MoECalMixin, Trainer):
     split. All of Trainer's arguments work; `args` must be [`MoECalArguments`].
 
     Over a dict of evaluation sets, `evaluate` gives `eval_<set>_ece`, `eval_<set>_nll` and so on, so that
-    `metric_for_best_model="eval_tweets_ece"` works. For a language model these are the figures of its supervised
-    tokens, and `eval_<set>_sequence_ece` and so on those of its sequences, see [`calibration_metrics`]; `predict`
-    gives them per token instead of logits over the vocabulary. Each logging step reports the objective's value, the
-    mean loss, the effective sample size and largest weight of the adversary, the share of routing-relevant examples,
-    and mean disagreement and regret.
+    `metric_for_best_model="eval_tweets_ece"` works; `eval_<set>_loss` is the mean cross-entropy over the examples. For
+    a language model these are the figures of its supervised tokens, and `eval_<set>_sequence_ece` and so on those of
+    its sequences, see [`calibration_metrics`]; `predict` gives them per token. With `compute_metrics` or
+    `preprocess_logits_for_metrics` of your own, and for rows without labels, it gives logits over the vocabulary
+    instead (of a mixture or committee log-probabilities), as Trainer does. Each logging step reports the objective's
+    value, the mean loss, the effective sample size and largest weight of the adversary, the share of routing-relevant
+    examples, and mean disagreement and regret; `skipped_steps` counts optimizer batches without any label, which make
+    no step.
 
     Args:
         model (`PreTrainedModel`): a mixture-of-experts model with a sequence-classification or language-model head.

@@ -420,7 +420,7 @@ def test_what_judging_a_token_asks_of_the_experts(tmp_path):
         assert found.experts == count and found.forwards == pytest.approx(count * each / active, rel=1e-6)
         assert found.at_most == ("auto" in settings.values())
     assert asked(readout="mixture").experts == asked(objective="robust_filtered").experts == 2
-    assert asked() is None
+    assert asked(objective="erm") is None
     plan = make_plan(recipe(tmp_path, arguments={"task": "lm", "train": "all", "readout": "soft_mixture"}))
     assert "each judged token asks 8 experts" in "\n".join(plan.lines()) and plan.to_dict()["asked"]["experts"] == 8
 

@@ -171,7 +171,7 @@ def test_calibrate_fits_writes_and_refuses_training_rows(tmp_path):
     table = routed()
     result = calibrate(tmp_path, table, data={"name": "movies", "revision": "1a2b"})
     record = read_record(tmp_path)
-    assert record.method == result.calibrator.method == "temperature"
+    assert record.method == result.calibrator.method == "shrunk_temperature"
     assert record.data == {"name": "movies", "revision": "1a2b", "n": 800, "folds": 3, "held_out": "groups", "seed": 0}
     assert record.before["ece"] == result.before["ece"] > record.after["ece"]
     assert record.comparison == result.comparison

@@ -145,3 +145,15 @@ def test_a_temperature_of_tokens_is_in_every_score(tmp_path):
     expected, found = (np.array(predict(one, data, **settings)["logits"]) for one in (scaled, loaded))
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.abs(expected - np.array(predict(model, data, **settings)["logits"])).max() > 0.1
+
+
+def test_labels_may_be_the_texts_that_the_checkpoint_names(tmp_path):
+    model = classification_model()
+    model.config.id2label, model.config.label2id = dict(enumerate("xyz")), {name: i for i, name in enumerate("xyz")}
+    model.save_pretrained(tmp_path)
+    logits, label = np.random.default_rng(0).normal(size=(90, 3)), np.arange(90) % 3
+    by_text = calibrate(tmp_path, {"logits": logits, "label": np.array(list("xyz"))[label]}, method="vector", folds=2)
+    by_number = calibrate(tmp_path, {"logits": logits, "label": label}, method="vector", folds=2)
+    np.testing.assert_array_equal(by_text.calibrator.scale, by_number.calibrator.scale)
+    with pytest.raises(ValueError, match=r"'label' holds 'w', which is none of the checkpoint's classes .x, y, z."):
+        calibrate(tmp_path, {"logits": logits, "label": np.array(list("wyz"))[label]})

@@ -209,6 +209,118 @@ def test_card_examples_run_and_metadata_is_complete():
     assert runner.failures == 0
 
 
+def space_app():
+    pytest.importorskip("gradio", reason="needs gradio")
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("space_app", Path(PATH) / "app.py")
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    return app
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0.9 0.1\n0.2 0.8",
+        "[[0.9, 0.1], [0.2, 0.8]]",
+        "[0.9, 0.1], [0.2, 0.8]",
+        "(0.9; .1)\n(2e-1; 0.8)",
+        "[0.9 0.1]\n[0.2 0.8]",
+    ],
+)
+def test_the_page_reads_a_matrix_as_it_is_pasted(text):
+    app = space_app()
+    assert app.read_matrix(text) == [[0.9, 0.1], [0.2, 0.8]]
+    assert app.read_labels("[0, 1]") == app.read_labels("0\n1") == [0, 1]
+    table, figure, verdict = app.measure(text, "0 1", "probabilities")
+    assert dict(table)["n"] == "2" and figure is not None and "chance" in verdict
+
+
+@pytest.mark.parametrize(
+    "text, labels, kind, message",
+    [
+        ("0.9 0.1 0.2 0.8", "0 1", "probabilities", "labels has 2 rows but probs has 1"),
+        ("0.9 0.1\n0.2", "0 1", "probabilities", "the rows hold 2, 1 numbers"),
+        ("0.9 x", "0", "probabilities", "'x' is not a number"),
+        ("2 1", "0", "probabilities", "choose “logits” above"),
+        ("0.33 0.33 0.33", "0", "probabilities", "choose “probabilities, rounded” above"),
+        ("0.9 0.1", "0.5", "probabilities", "numbers of the classes"),
+        ("", "", "probabilities", "empty"),
+    ],
+)
+def test_the_page_says_what_is_wrong_and_shows_nothing_else(text, labels, kind, message):
+    table, figure, verdict = space_app().measure(text, labels, kind)
+    assert (table, figure) == ([], None) and message in verdict
+    assert "pass " not in verdict and "renormalize" not in verdict
+
+
+def test_the_page_measures_logits_and_rounded_probabilities():
+    app = space_app()
+    table, _, _ = app.measure("2 1\n0 3", "0 1", "logits")
+    truth = calibration_report([0, 1], logits=[[2.0, 1.0], [0.0, 3.0]])
+    assert dict(table)["nll"] == f"{truth['nll']:.4g}"
+    assert dict(app.measure("0.33 0.33 0.33", "0", "probabilities, rounded")[0])["nll"] == "1.099"
+
+
+def test_an_evaluation_that_was_interrupted_leaves_nothing_behind(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    class Stumbling(torch.utils.data.Dataset):
+        stumbles = True
+
+        def __len__(self):
+            return 22
+
+        def __getitem__(self, i):
+            if self.stumbles and i == 20:
+                raise OSError("the disk is gone")
+            return {"input_ids": [1 + i % 7] * 6, "labels": i % 3}
+
+    data = Stumbling()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_eval_batch_size=4, report_to=[], use_cpu=True, batch_eval_metrics=True
+    )
+    trainer = Trainer(
+        model=tiny_classifier(), args=arguments, eval_dataset=data, compute_metrics=calibration_metrics(bins=10)
+    )
+    with pytest.raises(OSError, match="the disk is gone"):
+        trainer.evaluate()
+    data.stumbles = False
+    assert trainer.evaluate()["eval_n"] == 22
+
+
+def test_batches_of_an_interrupted_loop_are_forgotten_but_those_of_an_earlier_one_are_not(metric):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    loaders = [
+        accelerator.prepare(torch.utils.data.DataLoader(torch.arange(8.0) / 10, batch_size=2)) for _ in range(3)
+    ]
+
+    def add(batch):
+        metric.add_batch(predictions=torch.stack([1 - batch, batch], 1), references=[0] * len(batch))
+
+    for i, batch in enumerate(loaders[0]):
+        add(batch)
+        if i == 1:
+            break
+    assert len(metric) == 4
+    for loader in loaders[1:]:  # two sets, measured together
+        for batch in loader:
+            add(batch)
+    assert metric.compute()["n"] == 16
+    metric.add_batch(**CERTAIN)
+    metric.reset()
+    assert len(metric) == 0
+
+
+def test_options_of_the_metric_reach_the_report(metric):
+    rounded = [[0.33, 0.33, 0.33], [0.5, 0.25, 0.25]]
+    found = metric.compute(predictions=rounded, references=[0, 1], renormalize=True, sample_weight=[1.0, 3.0])
+    assert found == calibration_report([0, 1], probs=rounded, renormalize=True, sample_weight=[1.0, 3.0])
+
+
 @pytest.mark.slow
 def test_space_page_in_a_browser(tmp_path):
     """A user pastes probabilities and labels, and sees the figures and the diagram."""
@@ -217,12 +329,7 @@ def test_space_page_in_a_browser(tmp_path):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("needs Chromium")
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("space_app", Path(PATH) / "app.py")
-    app = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(app)
-    blocks = app.page()
+    blocks = space_app().page()
     _, url, _ = blocks.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, inbrowser=False)
     try:
         with sync_api.sync_playwright() as playwright:
@@ -239,7 +346,16 @@ def test_space_page_in_a_browser(tmp_path):
             assert "ece" in text and "0.5" in text
             page.locator("#probs textarea").fill("2.0 1.0\n1.0 0.0")
             page.locator("#measure").click()
-            page.get_by_text("pass them as logits").first.wait_for(timeout=60_000)
+            page.locator("#verdict").get_by_text("choose “logits” above").wait_for(timeout=60_000)
+            assert "0.5" not in page.locator("#figures").inner_text()  # nothing of the former input is left
+            assert page.locator("#diagram img").count() == 0
+            page.screenshot(path=str(tmp_path / "wrong.png"))
+            page.get_by_label("logits", exact=True).check()
+            page.locator("#measure").click()
+            page.locator("#diagram img").wait_for(timeout=60_000)
+            assert "n_zero_probability" in page.locator("#figures").inner_text()
+            assert "Not measured" not in page.locator("#verdict").inner_text()
+            page.screenshot(path=str(tmp_path / "logits.png"))
             browser.close()
     finally:
         blocks.close()

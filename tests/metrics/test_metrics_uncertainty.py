@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hf_moecal.metrics import CalibrationAccumulator, calibration_report, expected_calibration_error, reliability_bins
-from hf_moecal.metrics.binning import equal_mass, equal_width
+from hf_moecal.metrics.binning import make_edges
 from hf_moecal.metrics.chance import gamma_tail
 from hf_moecal.metrics.groups import holm, miscalibrated
 from hf_moecal.metrics.uncertainty import score_interval
@@ -109,9 +109,9 @@ def test_classwise_p_of_few_rows_is_the_share_of_drawn_labels():
     below = np.cumsum(probs, 1)[:, :-1]
     errors = [
         calibration_report((rng.random((40, 1)) > below).sum(1), probs=probs, mode="classwise", intervals=False)["ece"]
-        for _ in range(200)
+        for _ in range(120)
     ]
-    assert found["calibrated_p"] == pytest.approx(np.mean(np.array(errors) >= found["ece"]), abs=0.06)
+    assert found["calibrated_p"] == pytest.approx(np.mean(np.array(errors) >= found["ece"]), abs=0.1)
 
 
 def test_gamma_tail_has_the_moments_of_a_chi_square():
@@ -174,9 +174,7 @@ def test_intervals_cover_the_truth_and_calibrated_models_are_believed(n, strateg
             rows = rng.integers(0, len(probs), n)
             labels = (rng.random((n, 1)) > np.cumsum(truth[rows], 1)[:, :-1]).sum(1)
             found = calibration_report(labels, probs=probs[rows], strategy=strategy, mode=mode, ranked=False)
-            edges = [
-                (equal_width(15) if strategy == "equal_width" else equal_mass(c[rows], 15)).edges for c, _ in scores
-            ]
+            edges = [make_edges(strategy, c[rows], 15).edges for c, _ in scores]
             error = np.mean([true_error(c, r, each) for (c, r), each in zip(scores, edges, strict=True)])
             covered.append(holds(found["ece_interval"], error))
             gaps.append(mode != "top_label" or holds(found["signed_gap_interval"], (top[0][0] - top[0][1]).mean()))
@@ -202,15 +200,15 @@ def grouped(sizes, wrong, seed, low=0.4):
 
 
 def test_where_nothing_is_wrong_no_group_stands_out():
-    found = [grouped([50] * 20, None, seed) for seed in range(10)]
+    found = [grouped([50] * 20, None, seed) for seed in range(8)]
     assert sum(each["worst_group"] is not None for each in found) <= 3
     assert all((each["worst_group_ece"] is None) == (each["worst_group"] is None) for each in found)
 
 
 @pytest.mark.parametrize("low", [0.4, 0.97])
 def test_a_large_group_that_is_wrong_is_named_among_small_ones_that_are_not(low):
-    found = [grouped([30] * 20 + [2000], 20, seed, low) for seed in range(10)]
-    assert sum(each["worst_group"] == "20" for each in found) >= 6
+    found = [grouped([30] * 20 + [2000], 20, seed, low) for seed in range(8)]
+    assert sum(each["worst_group"] == "20" for each in found) >= 5
     named = next(each for each in found if each["worst_group"] == "20")
     assert named["group_p"]["20"] < 0.05 and named["groups"]["20"]["ece_interval"][0] > 0
 

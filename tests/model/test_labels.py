@@ -57,6 +57,7 @@ def test_a_mapping_says_it_all():
     with pytest.raises(ValueError, match=r"`labels` says 0: bad. Say which.*bad=0 'good=\?'"):
         class_numbers(["bad", "good"], MOODS, mapping={"bad": 0})
     assert read_mapping(["good=happy", "a=b=0"], MOODS) == {"good": 1, "a=b": 0}
+    assert read_mapping(["bad, good,fine"], MOODS) == {"bad": 0, "good": 1, "fine": 2}
     for items, message in [(["good"], "LABEL=CLASS"), (["good=?"], "LABEL=CLASS"), (["a=0", "a=1"], "says twice")]:
         with pytest.raises(ValueError, match=message):
             read_mapping(items, MOODS)

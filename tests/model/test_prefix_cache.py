@@ -365,3 +365,14 @@ def test_layers_are_not_checkpointed_while_they_are_replayed(tmp_path, task, cha
         found.append(gradients)
     assert relative_error(found[1], found[0]) <= 1e-5
     assert all(m.gradient_checkpointing for m in trainer.model.modules() if hasattr(m, "gradient_checkpointing"))
+
+
+def test_rows_with_holes_are_not_filled_and_not_predicted_otherwise_than_trained():
+    from datasets import Dataset
+
+    from hf_moecal.tasks.targets import real_tokens
+
+    columns = {"input_ids": [[0, 5, 6], [5, 6, 7]], "attention_mask": [[0, 1, 1], [1, 0, 1]]}
+    assert real_tokens(Dataset.from_dict(columns), broken="drop") == [[5, 6]]
+    with pytest.raises(ValueError, match="Row 1 has an `attention_mask` that leaves out tokens between others"):
+        real_tokens(Dataset.from_dict(columns))

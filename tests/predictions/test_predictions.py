@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -112,3 +113,36 @@ def test_bad_input_is_named(model):
     ]:
         with pytest.raises(ValueError, match=message):
             predict(model, dataset, progress=False, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "pandas"])
+def test_tables_come_as_people_write_them(tmp_path, kind):
+    import pandas as pd
+
+    from hf_moecal.metrics import table_report
+    from hf_moecal.table import read_table
+
+    rng = np.random.default_rng(0)
+    probs, labels = rng.dirichlet([1, 1, 1], 30), rng.integers(0, 3, 30)
+    frame = pd.DataFrame({"label": labels, "probs": probs.tolist()})
+    path = tmp_path / f"table.{kind}"
+    if kind == "pandas":
+        table = frame
+    else:
+        getattr(frame, f"to_{kind}")(path, index=False)
+        table = read_table(path)
+    truth = table_report({"label": labels, "probs": probs}, intervals=False)
+    assert table_report(table, intervals=False)["nll"] == pytest.approx(truth["nll"], abs=1e-12)
+
+
+def test_tables_without_rows_are_refused_by_name(tmp_path):
+    import pandas as pd
+
+    from hf_moecal.table import read_table
+
+    pd.DataFrame({"label": [], "probs": []}).to_parquet(tmp_path / "none.parquet")
+    (tmp_path / "none.csv").touch()
+    (tmp_path / "odd.csv").write_text('label,probs\n0,"[high, low]"\n')
+    for name, message in (("none.parquet", "holds no row"), ("none.csv", "is empty"), ("odd.csv", "in row 0; write")):
+        with pytest.raises(ValueError, match=message):
+            read_table(tmp_path / name)

@@ -7,12 +7,12 @@ import types
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, Ernie4_5_VLMoeConfig
+from transformers import AutoModelForImageTextToText, AutoModelForQuestionAnswering, Ernie4_5_VLMoeConfig
 
 from hf_moecal import UnsupportedMoEError, find_moe_layers, hard_routing, probe_experts, routing_statistics
 from hf_moecal.model.freezing import last_moe_site
 from hf_moecal.model.head import RowSelector
-from tests.tiny_moe import randomise, tiny_batch, tiny_model
+from tests.tiny_moe import randomise, tiny_batch, tiny_config, tiny_model
 
 
 TOKENS = torch.tensor([4, 8, 17])
@@ -139,3 +139,45 @@ def test_experts_that_are_shared_out_over_processes_are_refused() -> None:
     for model in (marked, halved):
         with pytest.raises(UnsupportedMoEError, match="expert parallelism"):
             find_moe_layers(model)
+
+
+class OwnBlock(nn.Module):
+    """A block as remote code has it."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(64, experts), nn.ModuleList(nn.Linear(64, 64) for _ in range(experts))
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"), [("deepseek_v3", "without trust_remote_code=True"), ("kimi_k9", "under another name")]
+)
+def test_a_list_of_experts_is_refused_with_the_remedy(kind: str, remedy: str) -> None:
+    model = tiny_model("llama")
+    model.config.model_type = kind
+    for layer in model.model.layers:
+        layer.mlp = OwnBlock(4)
+    with pytest.raises(UnsupportedMoEError, match=f"list of modules.*{kind}.*{remedy}"):
+        find_moe_layers(model)
+
+
+@torch.no_grad()
+def test_a_head_without_logits_is_refused() -> None:
+    config = tiny_config("mixtral")
+    model = randomise(AutoModelForQuestionAnswering.from_config(config, attn_implementation="eager")).eval()
+    with probe_experts(model) as probe:
+        model(**tiny_batch())
+        assert probe.record.batch_shape == (2, 9)
+        for ask in (lambda: probe.expert_logits(TOKENS), lambda: probe.logits(TOKENS)):
+            with pytest.raises(UnsupportedMoEError, match="question answering"):
+                ask()
+
+
+@torch.no_grad()
+def test_tuples_instead_of_outputs() -> None:
+    model, inputs = tiny_model("mixtral"), tiny_batch()
+    with probe_experts(model) as probe:
+        model(**inputs)
+        truth = probe.expert_logits(TOKENS)
+        model(**inputs, return_dict=False)
+        torch.testing.assert_close(probe.expert_logits(TOKENS), truth)

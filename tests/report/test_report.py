@@ -43,10 +43,10 @@ def written(tmp_path_factory):
 
 def test_a_second_report_leaves_no_picture_of_the_first(tmp_path):
     first, second = make_table(), {**make_table(routing=False), "group": ["reviews"] * 400}
-    report.write_report({"a": first}, tmp_path, title="first", bootstrap=5)
+    report.write_report({"a": first}, tmp_path, title="first")
     (tmp_path / "reliability_mine.png").write_bytes(b"a user's own")
     assert (tmp_path / "reliability_movie.png").is_file() and list(tmp_path.glob("gap_by_*.png"))
-    report.write_report({"a": second}, tmp_path, title="second", bootstrap=5)
+    report.write_report({"a": second}, tmp_path, title="second")
     assert {path.name for path in tmp_path.glob("*.png")} == {"reliability_reviews.png", "reliability_mine.png"}
 
 
@@ -66,9 +66,9 @@ def test_bins_against_a_plain_loop():
     json.dumps(data, allow_nan=False)
 
 
-def test_band_is_the_row_bootstrap():
+def test_band_of_many_rows_is_that_of_resampled_rows():
     table = make_table(5000)
-    data = report.reliability(table, bins=5, bootstrap=2000)
+    data = report.reliability(table, bins=5)
     confidence, right = table["probs"].max(axis=1), table["probs"].argmax(axis=1) == table["label"]
     rng, drawn = np.random.default_rng(1), []
     for _ in range(500):
@@ -264,3 +264,17 @@ def test_the_page_prints(written, tmp_path):
                    capture_output=True)  # fmt: skip
     pages = len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes()))
     assert 3 <= pages <= 12
+
+
+def test_weights_count_as_rows_that_are_there_so_often():
+    table, times = make_table(60, routing=False), np.arange(60) % 4
+    repeated = {name: np.repeat(values, times, axis=0) for name, values in table.items()}
+    weighted, other = (
+        {row["set"]: row for row in report.collect({"one": rows}, title="", bins=5)["rows"]}
+        for rows in ({**table, "sample_weight": times.astype(float)}, repeated)
+    )
+    for name in other:
+        for figure in ("accuracy", "confidence", "ece", "nll", "brier", "signed_gap"):
+            assert weighted[name][figure] == pytest.approx(other[name][figure], abs=1e-12), figure
+        mine, theirs = (rows[name]["diagram"]["accuracy"] for rows in (weighted, other))
+        assert [x for x in mine if x is not None] == pytest.approx([x for x in theirs if x is not None])

@@ -14,10 +14,8 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from trl import SFTConfig
 
 from hf_moecal import MoECalArguments, MoECalTrainer
-from hf_moecal.training.sft import MoECalSFTConfig, MoECalSFTTrainer
 
 
 def balance_of(model, batch):
@@ -92,7 +90,10 @@ DATA = {  # rows as users have them, arguments, and the tokens that are judged
 }
 
 
-def config(folder, kind=MoECalSFTConfig, **changes):
+def config(folder, kind=None, **changes):
+    from hf_moecal.training.sft import MoECalSFTConfig  # which needs TRL, and most tests of training do not
+
+    kind = kind or MoECalSFTConfig
     settings = dict(
         learning_rate=1e-3, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4, bf16=False,
         report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, max_grad_norm=0.0, logging_steps=1,
@@ -105,7 +106,12 @@ def config(folder, kind=MoECalSFTConfig, **changes):
     return kind(str(folder), **{**settings, **changes})
 
 
-def trainer_of(folder, data="completion", *, model=None, seen=None, kind=MoECalSFTTrainer, **changes):
+def trainer_of(folder, data="completion", *, model=None, seen=None, kind=None, **changes):
+    from trl import SFTConfig
+
+    from hf_moecal.training.sft import MoECalSFTConfig, MoECalSFTTrainer
+
+    kind = kind or MoECalSFTTrainer
     rows, settings, _ = DATA[data]
     keys = {"peft_config", "eval_dataset"}
     given = {key: changes.pop(key) for key in keys & set(changes)}

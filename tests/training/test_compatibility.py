@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import DataCollatorWithFlattening
 
 from hf_moecal import MoECalArguments, MoECalTrainer
+from hf_moecal.readouts.attached import AttachedReadout
 from hf_moecal.training.compatibility import check_distribution, checked_loader
 from hf_moecal.training.optimizer_batch import without_repeats
 from tests.training.helpers import (
@@ -26,6 +27,7 @@ from tests.training.helpers import (
     collate,
     language_data,
     language_model,
+    losses_one_by_one,
     reference_gradients,
     relative_error,
 )
@@ -188,3 +190,30 @@ def test_labels_of_a_first_token_are_predicted_by_nobody(tmp_path):
     ).train()
     expected = [{"input_ids": torch.tensor(r["input_ids"]), "labels": torch.tensor(r["input_ids"])} for r in rows]
     assert relative_error(seen.found, reference_gradients(language_model().train(), expected, args)) <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("task", ["classification", "lm"])
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_are_refused_and_prefixes_are_exact(tmp_path, task, kind):
+    import peft
+
+    build, data = (language_model, language_data) if task == "lm" else (classification_model, classification_data)
+    config = getattr(peft, kind)(task_type="CAUSAL_LM" if task == "lm" else "SEQ_CLS", num_virtual_tokens=3)
+    model, rows = peft.get_peft_model(build(), config).eval(), data()
+
+    def trainer(**changes):
+        args = arguments(tmp_path, task=task, **changes)
+        return MoECalTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=collate)
+
+    if kind == "PrefixTuningConfig":
+        expected = losses_one_by_one(model, rows, per_token=False).mean().item()
+        assert trainer(objective="robust").evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+        with pytest.raises(ValueError, match="PREFIX_TUNING gives each layer a cache .*objective='robust'"):
+            trainer(objective="robust_filtered")
+        return
+    with pytest.raises(ValueError, match="_TUNING puts virtual tokens before each sequence"):
+        trainer(objective="robust")
+    batch = collate(rows[:2])
+    with AttachedReadout(model, rows=task == "lm"), pytest.raises(ValueError, match="makes sequences of .* positions"):
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])

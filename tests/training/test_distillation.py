@@ -1,6 +1,7 @@
 """Distilling a mixture into the native readout, against a loop that shares no code with it."""
 
 import copy
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hf_moecal.cli.commands import main
 from hf_moecal.hub.checkpoint_files import load_training_settings
 from hf_moecal.metrics import calibration_report
 from hf_moecal.model.freezing import set_trainable
+from hf_moecal.model.weight_files import MEMBERS_FILE
 from hf_moecal.readouts.committee import count_members, save_members
 from hf_moecal.readouts.mixture import Readout
 from hf_moecal.readouts.recorded import record_readout, recorded_readout
@@ -86,6 +88,7 @@ def test_from_the_shell(tmp_path, capsys):
     save_members(model, tmp_path / "model")
     tokenizer(tmp_path / "model")
     record_readout(tmp_path / "model", Readout("soft_mixture", members=3))
+    shutil.copytree(tmp_path / "model", tmp_path / "out")  # of an earlier committee nothing may stay
     texts = ["the plot is thin", "two leads carry it with ease", "not good", "and bad with ease", "yet not bad"]
     data = Dataset.from_dict({"text": texts, "label": [0, 1, 2, 0, 1], "id": list("abcde")})
     data.to_parquet(str(tmp_path / "data.parquet"))
@@ -95,7 +98,7 @@ def test_from_the_shell(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("KL(mixture || native)", "native before", "teacher", "distilled"))
     assert load_training_settings(tmp_path / "out")["teacher"] == "soft_mixture, committee of 3"
-    assert recorded_readout(tmp_path / "out") == Readout()
+    assert recorded_readout(tmp_path / "out") == Readout() and not (tmp_path / "out" / MEMBERS_FILE).exists()
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert main([*command[:-4], "--output", str(tmp_path / "model")]) == 2
     assert "would overwrite its teacher" in capsys.readouterr().err

@@ -183,9 +183,6 @@ def test_one_config_from_the_command_line_and_from_yaml(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"packing": True}, "several texts"),
-        ({"eval_packing": True}, "several texts"),
-        ({"padding_free": True}, "several texts"),
         ({"loss_type": "dft"}, "set loss_type='nll'"),
         ({"loss_type": "chunked_nll"}, "set loss_type='nll'"),
         ({"activation_offloading": True}, "not supported"),
@@ -196,6 +193,41 @@ def test_one_config_from_the_command_line_and_from_yaml(tmp_path):
 def test_what_cannot_be_combined(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **changes)
+
+
+PACKED = {
+    "packing": dict(packing=True, max_length=16, per_device_train_batch_size=1, gradient_accumulation_steps=4),
+    "padding_free": dict(padding_free=True, max_length=None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(Padding-free|Packing|packing|attention implementation)")
+@pytest.mark.parametrize("objective", ["robust", "filtered"])
+@pytest.mark.parametrize("how", PACKED)
+def test_packed_answers_stay_examples_of_their_own(tmp_path, how, objective):
+    """In training against the loop over single answers, in evaluation against rows of their own."""
+    rows, _, judged = DATA["completion"]
+    settings = {**PACKED[how], **OBJECTIVES[objective]}
+    sets = Dataset.from_list(rows[:7])
+    found, trainer = trained(tmp_path, eval_dataset=sets, per_device_eval_batch_size=3, **settings)
+    assert "position_ids" in next(iter(trainer.get_train_dataloader()))
+    expected = reference_gradients(language_model().train(), judged, trainer.args)
+    assert relative_error(found, expected) <= 1e-5
+    one = trainer_of(tmp_path, eval_dataset=sets, objective="robust", learning_rate=0.0, model=trainer.model)
+    whole, apart = trainer.evaluate(), one.evaluate()
+    for name in ("loss", "nll", "ece", "n", "sequence_nll", "sequence_ece", "sequence_n"):
+        assert whole[f"eval_{name}"] == pytest.approx(apart[f"eval_{name}"], rel=1e-5), name
+
+
+@pytest.mark.parametrize("preset", ["last_moe_layer", "routers", "lora"])
+def test_a_folder_with_any_preset(tmp_path, preset):
+    language_model().save_pretrained(tmp_path / "model")
+    settings = dict(objective="robust", train=preset, learning_rate=0.0)
+    found, trainer = trained(tmp_path, model=str(tmp_path / "model"), **settings)
+    expected, _ = trained(tmp_path, model=language_model(), **settings)
+    assert found.keys() == expected.keys() and found
+    if preset != "lora":  # whose start is random
+        assert relative_error(found, expected) <= 1e-5
 
 
 def test_another_config_is_refused(tmp_path):

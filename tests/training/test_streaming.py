@@ -87,7 +87,6 @@ def test_uneven_last_batch_and_sequences_without_labels(tmp_path, objective, unl
     dict(objective="robust_filtered", relevance_quantile=0.3),
     dict(objective="robust", router_aux_loss_coef=0.5),
     dict(objective="robust_filtered", router_aux_loss_coef=0.5, readout="soft_mixture", expert_loss_weight=0.5),
-    dict(objective="robust", bf16=True),
 ])  # fmt: skip
 def test_gradients_and_figures_are_those_of_two_passes(tmp_path, changes):
     found = {}
@@ -96,11 +95,22 @@ def test_gradients_and_figures_are_those_of_two_passes(tmp_path, changes):
         gradients, trainer = trained_gradients(classification_model(), classification_data(), args)
         found[way] = gradients, trainer.state.log_history[0]
     (one, log), (other, expected) = found["streaming"], found["two_pass"]
-    tolerance = 2e-2 if "bf16" in changes else 1e-5
-    assert relative_error(one, other) <= tolerance
+    assert relative_error(one, other) <= 1e-5
     assert log.keys() == expected.keys()
     for name, value in expected.items():
-        assert log[name] == pytest.approx(value, rel=tolerance), name
+        assert log[name] == pytest.approx(value, rel=1e-5), name
+
+
+@pytest.mark.parametrize("changes", [dict(objective="robust"), dict(objective="robust", detach_weights=False)])
+def test_low_precision_costs_no_more_than_in_two_passes(tmp_path, changes):
+    """Both ways are as far from the gradient in float32 as bfloat16 on this machine makes them."""
+    rows, off = classification_data(), {}
+    args = arguments(tmp_path, **changes)
+    exact = reference_gradients(classification_model().train(), rows, args)
+    for way in ("two_pass", "streaming"):
+        args = arguments(tmp_path, normalizer=way, bf16=True, **changes)
+        off[way] = relative_error(trained_gradients(classification_model(), rows, args)[0], exact)
+    assert 0 < off["two_pass"] and off["streaming"] <= 3 * off["two_pass"]
 
 
 @pytest.mark.parametrize("objective", TILTED)
@@ -180,7 +190,7 @@ def test_losses_that_are_nan_stop_training(tmp_path):
 
 def test_a_batch_without_labels_is_named(tmp_path):
     rows = [{**row, "labels": -100} for row in classification_data()]
-    with pytest.raises(ValueError, match="No example of this optimizer batch has a label"):
+    with pytest.raises(ValueError, match="No example has a label .* in any of the 1 optimizer batches"):
         trained_gradients(classification_model(), rows, streaming(tmp_path, objective="robust"))
 
 

@@ -113,7 +113,18 @@ def special_cases():
             case("sequence", objective, settings=dict(train="lora", normalizer=normalizer))
             for objective, normalizer in (("filtered", "two_pass"), ("robust", "streaming"))
         ],
-        "choice": [case("choice", name, count=16, settings=filters) for name in ("robust-through", "filtered")],
+        "choice": [
+            *(case("choice", name, count=16, settings=filters) for name in ("robust-through", "filtered")),
+            # The last micro-batch of the second process holds repeated rows alone.
+            *(
+                case("choice", "robust-through", count=13, batch=1, accumulation=7, settings=how)
+                for how in ({}, dict(normalizer="streaming"))
+            ),
+        ],
+        "without labels": [
+            case("classification", name, count=16, batch=1, unlabelled=list(range(8)), settings=dict(max_steps=2))
+            for name in ("erm", "robust", "filtered")
+        ],
         "mixture": [
             mixture_case("classification", "filtered", expert_loss_weight=0.5),
             mixture_case("sequence", "robust-through"),
@@ -221,6 +232,15 @@ def test_a_process_without_labels_takes_part(trained, tmp_path):
     _, found = trained
     for pair in found["unlabelled"]:
         check_full_batch(pair, tmp_path)
+
+
+def test_a_batch_without_labels_is_skipped_by_every_process(trained, tmp_path):
+    """The first of two: the weights of the second are those of the start."""
+    _, found = trained
+    for pair in found["without labels"]:
+        expected, _ = full_batch(pair[0], tmp_path)
+        check(pair, expected)
+        assert pair[1]["log"]["skipped_steps"] == 1
 
 
 def test_clipping_scales_the_exact_gradient(trained, tmp_path):
