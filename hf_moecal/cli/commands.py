@@ -71,11 +71,11 @@ def _say(outcome: Outcome, options: Options) -> None:
     accelerate = sys.modules.get("accelerate")
     if accelerate is not None and not accelerate.PartialState().is_main_process:
         return
-    if options.json:
+    if options.json and outcome.data:
         from ..calibration.record import strict
 
         print(json.dumps(strict(outcome.data), indent=1, allow_nan=False))
-    elif outcome.lines:
+    elif outcome.lines and not options.json:
         print("\n".join(outcome.lines))
 
 

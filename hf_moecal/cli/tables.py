@@ -15,8 +15,8 @@ LABELS_HELP = "class of each label, as in negative=0 positive=1, or all in order
 def read_given(path: str, options: argparse.Namespace) -> Dataset:
     """The predictions table of a file or folder.
 
-    With `renormalize` each row of its `probs` is made to sum to one; with `labels` the columns `label` and `prediction`
-    may hold names.
+    With `renormalize` each row of its `probs` is made to sum to one; with `labels` the columns `label` and
+    `prediction` may hold names.
     """
     from ..metrics import renormalized_table
     from ..model.labels import class_numbers, read_mapping
