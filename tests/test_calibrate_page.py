@@ -23,7 +23,7 @@ def test_the_page_runs(tmp_path, monkeypatch, capsys):
     MixtralForSequenceClassification(config).save_pretrained(tmp_path / "my-checkpoint")
     tokenizer().save_pretrained(tmp_path / "my-checkpoint")
     for name in ("validation", "test"):
-        rows = [{**row, "language": "en" if i % 3 else "de"} for i, row in enumerate(sentences("film", 60))]
+        rows = [{**row, "language": "en" if i % 3 else "de"} for i, row in enumerate(sentences("film", 120))]
         Dataset.from_list(rows).remove_columns(["id", "split"]).to_csv(str(tmp_path / f"{name}.csv"))
     published = []
     monkeypatch.setattr(hf_moecal.hub, "push", lambda *folder, **given: published.append(given))
