@@ -295,7 +295,7 @@ def _calibrator(model: nn.Module, task: str, scoring: str, readout: Readout) -> 
     fitted_on = getattr(model, CALIBRATED_READOUT, Readout(members=readout.members))
     if readout != fitted_on and not hasattr(model, ATTACHED):
         raise ValueError(
-            f"The model's calibration is of {fitted_on.name or 'its native readout'!r}, and would distort "
+            f"The model's calibration is of its {fitted_on.name or 'native'} readout, and would distort "
             f"{readout.kind!r}; leave `readout` unset, or {remedy}."
         )
     if task == "choice":
