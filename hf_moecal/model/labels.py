@@ -157,7 +157,7 @@ def _option(mapping: Mapping[str, Any]) -> str:
     items = " ".join(shlex.quote(f"{label}={number}") for label, number in mapping.items())
     entries = ", ".join(f"{label!r}: {number}" for label, number in mapping.items())
     return (
-        f"--labels {items} (in a recipe, `labels: {{{entries}}}` under `data:`; in Python, put numbers in the column)"
+        f"--labels {items} (in a recipe, `labels: {{{entries}}}` under `data:`; in Python, give numbers)"
     )
 
 
