@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = next((word for word in given if not word.startswith("-")), names[0])
     if first not in names:
         parser.error(f"there is no command {first!r}; {nearest(first, names) or 'there are ' + ', '.join(names)}")
+    _refuse_unknown(parser, given)
     options, rest = parser.parse_known_args(given)
     command: Command = options.chosen
     if rest and not command.overrides:
@@ -112,6 +113,16 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--json", action="store_true", help="print everything as JSON, and all else to stderr")
         added.set_defaults(chosen=command, parser=added)
     return parser
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+    """Names an unknown option before one that is missing, which often is the same one."""
+    own = next((action.choices[word] for action in parser._subparsers._group_actions for word in given
+                if word in action.choices), None)  # fmt: skip
+    known = [] if own is None else _options_of(own)
+    wrong = [word for word in given if word.startswith("--") and word.partition("=")[0] not in (*known, "--")]
+    if own is not None and wrong and not own.command.overrides:
+        own.error(f"unknown: {' '.join(wrong)}; {nearest(wrong[0], known)}")
 
 
 def _options_of(parser: argparse.ArgumentParser) -> list[str]:
