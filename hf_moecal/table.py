@@ -21,6 +21,7 @@ One row per example. A producer fills the columns that it has; a consumer asks f
 | `expert_weights` | float [k] | their routing weights w_k |
 | `expert_logits` | float [k, C] | what each would have predicted alone |
 | `scoring` | str | of answer options: what `logits` are, one of [`SCORINGS`], the same in all rows |
+| `truncated` | bool | whether the text was longer than `max_length`, where one was set |
 | `readout` | str | what predicts, where that is a mixture or a committee, the same in all rows |
 | `calibration` | str | the method by which the probabilities are calibrated already, where they are |
 | `conditions` | str | dtype, attention and experts implementation, quantization under which it was predicted |
@@ -51,6 +52,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .files import read_rows
 
 
 if TYPE_CHECKING:
@@ -86,7 +89,6 @@ SCORINGS = ("per_token", "total", "per_byte", "label_word")
 
 IGNORED_LABEL = -100
 ABSENT_LOGIT = -1e30  # of a class that a row does not have: its probability is exactly zero
-FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
 def names(table: Dataset | Mapping[str, Any]) -> list[str]:
@@ -147,36 +149,18 @@ def _as_array(name: str, column: Any) -> np.ndarray:
 
 
 def read_table(path: str | Path) -> Dataset:
-    """Reads a predictions table from a Parquet, JSONL or CSV file, or from a folder of Parquet files.
+    """Reads a predictions table from a file, or from a folder of Parquet files; see [`hf_moecal.files.read_rows`].
 
     List columns that a CSV file holds as text, such as `[0.9, 0.1]`, become lists of numbers.
 
     Raises:
-        ValueError: the path does not exist, has an unknown ending, holds no row, or has a list that cannot be read.
+        ValueError: the path does not exist, has an unknown ending, is broken, holds no row, or has a list that cannot
+            be read.
     """
-    from datasets import Dataset, load_dataset
-
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(map(str, path.glob("*.parquet")))
-        kind = "parquet"
-    else:
-        files, kind = ([str(path)] if path.is_file() else []), FILE_KINDS.get(path.suffix)
-    if not files:
+    if not Path(path).exists():
         raise ValueError(f"No predictions table at {str(path)!r}: give a file or a folder of .parquet files.")
-    if kind is None:
-        raise ValueError(f"Cannot read {path.name!r}: a predictions table ends in {', '.join(sorted(FILE_KINDS))}.")
-    if not any(Path(file).stat().st_size for file in files):
-        raise ValueError(f"{path.name!r} is empty; the run that wrote it may not have come to its end.")
-    if kind == "parquet":
-        from pyarrow.parquet import read_metadata
-
-        table = Dataset.from_parquet(files) if sum(read_metadata(file).num_rows for file in files) else ()
-    else:
-        table = load_dataset(kind, data_files=files, split="train")
-    if not len(table):
-        raise ValueError(f"{path.name!r} holds no row; the run that wrote it may not have come to its end.")
-    return _with_lists(table) if kind == "csv" else table
+    table = read_rows(path)
+    return _with_lists(table) if Path(path).suffix.lower() in (".csv", ".tsv") else table
 
 
 def _with_lists(table: Dataset) -> Dataset:

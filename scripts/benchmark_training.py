@@ -236,8 +236,9 @@ def cache(sentences: int) -> list[Row]:
 
 
 def two_epochs(recipe: Any, sentences: int, states: str | None) -> Epochs:
-    from hf_moecal.cli.recipe import expand, load_set
+    from hf_moecal.cli.recipe import expand
     from hf_moecal.cli.runs import parse_arguments
+    from hf_moecal.cli.sets import load_set
     from hf_moecal.model.loading import load_classifier
 
     model, tokenizer = load_classifier(expand(recipe.model), 2, seed=0)

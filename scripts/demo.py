@@ -24,8 +24,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from hf_moecal import from_pretrained, load_calibration, predict
-from hf_moecal.cli.recipe import Recipe, expand, load_recipe, load_set
+from hf_moecal.cli.recipe import Recipe, expand, load_recipe
 from hf_moecal.cli.runs import predict_recipe, train_recipe
+from hf_moecal.cli.sets import load_set
 from hf_moecal.report import format_table, write_report
 
 
@@ -126,7 +127,7 @@ def predictions(recipe: Recipe, folder: Path, stamp: str) -> Dataset:
     """The predictions table on all groups, from disk if it was made before."""
     path = folder / "predictions.parquet"
     if not path.is_file() or path.stat().st_mtime < (folder / "stamp.json").stat().st_mtime:
-        table = predict_recipe(recipe, model=str(folder), sets=list(recipe.groups), batch_size=64)
+        table = predict_recipe(recipe, model=str(folder), sets=list(recipe.groups), batch_size=64, raw=True)
         partial = path.with_suffix(".partial")
         table.to_parquet(str(partial))
         os.replace(partial, path)

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..files import FILE_KINDS
 from ..model.classifier import register_classifier
 from ..model.freezing import set_trainable
 from ..model.lora import add_lora
 from ..probes import MoELayer, UnsupportedMoEError, find_moe_layers
 from ..readouts.committee import attach_members
-from ..table import FILE_KINDS
 from ..training.methods import settle
 from .plan_launch import Launch, read_launch
 from .plan_memory import (
@@ -39,8 +39,9 @@ from .plan_memory import (
     state_memory,
     weights_of,
 )
-from .recipe import Recipe, load_set
+from .recipe import Recipe
 from .runs import parse_arguments
+from .sets import load_set
 
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,22 +11,32 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 
-from ..model.loading import load_classifier, load_language_model
+from ..hub import attach_calibrator, find_record, load_calibration
+from ..model.labels import class_numbers
+from ..model.loading import label_names, load_classifier, load_language_model
 from ..model.prefix_cache import PrefixCache
 from ..predictions import predict
+from ..predictions.classifier import cut_short
 from ..predictions.supervised import collate_supervised, encode_supervised
-from ..readouts.committee import ATTACHED
+from ..readouts.committee import ATTACHED, CALIBRATED_READOUT
+from ..readouts.mixture import Readout
 from ..readouts.recorded import load_committee, recorded_readout
 from ..tasks.choice import ChoiceCollator
 from ..training.arguments import MoECalArguments
 from ..training.methods import chosen
 from ..training.trainer import MoECalTrainer
-from .recipe import Recipe, expand, load_set
+from .classes import classes_of
+from .command import nearest
+from .interrupted import last_complete, room_for
+from .recipe import Recipe, expand
+from .sets import load_set, with_classes
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..calibration import CalibrationRecord
 
 
 def parse_arguments(recipe: Recipe, overrides: Sequence[str] = ()) -> MoECalArguments:
@@ -40,7 +51,11 @@ def parse_arguments(recipe: Recipe, overrides: Sequence[str] = ()) -> MoECalArgu
     parser.set_defaults(**recipe.arguments)
     arguments, unknown = parser.parse_args_into_dataclasses(args=list(overrides), return_remaining_strings=True)
     if unknown:
-        raise ValueError(f"Unknown arguments: {' '.join(unknown)}; fields are those of hf_moecal.MoECalArguments.")
+        fields = [f"--{field.name}" for field in dataclasses.fields(MoECalArguments) if field.init]
+        raise ValueError(
+            f"Unknown arguments: {' '.join(unknown)}; {nearest(unknown[0], fields)}fields are those of "
+            "hf_moecal.MoECalArguments."
+        )
     if arguments.prefix_cache is not None:
         arguments.prefix_cache = expand(arguments.prefix_cache)
     return arguments
@@ -69,11 +84,13 @@ def train_recipe(recipe: Recipe, *, overrides: Sequence[str] = (), resume: bool 
     loaded = {name: load_set(name, spec, recipe) for name, spec in sets.items()}
     precise = {"seed": arguments.seed, "dtype": recipe.dtype}
     if arguments.task == "classification":
-        classes = max(_num_classes(dataset["label"][:]) for dataset in loaded.values())
-        model, tokenizer = load_classifier(recipe.model, classes, **precise)
+        classes = classes_of(recipe, loaded)
+        loaded = {name: classes.resolve(name, dataset) for name, dataset in loaded.items()}
+        model, tokenizer = load_classifier(recipe.model, classes.count, **precise)
+        classes.name_in(model.config)
     else:
         model, tokenizer = load_language_model(recipe.model, **precise)
-    encoded = {name: _encode(dataset, tokenizer, recipe) for name, dataset in loaded.items()}
+    encoded = {name: _encode(name, dataset, tokenizer, recipe) for name, dataset in loaded.items()}
     trainer = MoECalTrainer(
         model=model,
         args=arguments,
@@ -83,10 +100,11 @@ def train_recipe(recipe: Recipe, *, overrides: Sequence[str] = (), resume: bool 
         data_collator=_collator(recipe, tokenizer),
     )
     _keep_trained_exact(trainer)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(arguments) if resume else None)
-    if trainer.is_fsdp_enabled:  # sharded checkpoints resume; what is published is whole
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    _save(trainer, encoded.get("validation"))
+    with room_for(arguments.output_dir, trainer.model):
+        trainer.train(resume_from_checkpoint=last_complete(arguments.output_dir) if resume else None)
+        if trainer.is_fsdp_enabled:  # sharded checkpoints resume; what is published is whole
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        _save(trainer, encoded.get("validation"))
     return trainer
 
 
@@ -130,8 +148,11 @@ def predict_recipe(
     readout_experts: int | str | None = None,
     output: str | Path | None = None,
     resume: bool = False,
+    raw: bool = False,
 ) -> Dataset:
     """The predictions table of a model on the recipe's sets; the column `group` names the set.
+
+    The calibration that a checkpoint carries is applied, and a column `calibration` names it.
 
     Args:
         recipe ([`Recipe`]): where the sets come from; its `prefix_cache` is used.
@@ -143,19 +164,19 @@ def predict_recipe(
             checkpoint's `calibration.json` names, else the recipe's.
         readout_experts (`int` or `"auto"`, *optional*): with `readout="soft_mixture"`, mix only so many.
         output, resume: as in [`predict`].
+        raw (`bool`): leave the calibration out that the checkpoint carries.
 
     Raises:
-        ValueError: the recipe has no such set, or none, or the sets have columns of one name and different types.
+        ValueError: the recipe has no such set, or none, the sets have columns of one name and different types, or the
+            calibration is of another readout.
     """
     wanted = _wanted_sets(recipe, sets)
     settings = recipe.arguments
-    if readout is None and isinstance(model, str) and recorded_readout(model).is_mixture:
-        readout, readout_experts = recorded_readout(model).kind, recorded_readout(model).experts
-    elif readout is None and not hasattr(model, ATTACHED):
-        readout = settings.get("readout", "native") if isinstance(model, str) else chosen(settings, "readout")
-        readout_experts = settings.get("readout_experts") if readout_experts is None else readout_experts
-    dataset = _together({name: load_set(name, spec, recipe) for name, spec in wanted.items()}, recipe)
-    model, tokenizer = _loaded(recipe, model)
+    record = find_record(model) if isinstance(model, str) else None
+    readout, readout_experts = _readout_of(settings, model, None if raw else record, readout, readout_experts)
+    loaded = {name: load_set(name, spec, recipe) for name, spec in wanted.items()}
+    model, tokenizer = _loaded(recipe, model, record if not raw else None)
+    dataset = _together(loaded, recipe, label_names(model.config) if recipe.task == "classification" else {})
     cached = nullcontext()
     if settings.get("prefix_cache") is not None and hard_top_k is None:  # hard routing changes earlier layers too
         model.requires_grad_(False)
@@ -181,6 +202,29 @@ def predict_recipe(
         )
 
 
+def _readout_of(
+    settings: Mapping[str, Any],
+    model: str | PreTrainedModel,
+    record: CalibrationRecord | None,
+    kind: str | None,
+    experts: int | None,
+) -> tuple[str | None, int | None]:
+    """What is to predict: as asked, else as the checkpoint records it, else as the recipe says."""
+    own = recorded_readout(model) if isinstance(model, str) else Readout()
+    own = own if record is None else Readout.from_record(record.readout)
+    if kind is None and own.is_mixture:
+        return own.kind, own.experts
+    if kind is None and not hasattr(model, ATTACHED):
+        kind = settings.get("readout", "native") if isinstance(model, str) else chosen(settings, "readout")
+        experts = settings.get("readout_experts") if experts is None else experts
+    if kind is not None and carries_calibration(record) and (kind, experts) != (own.kind, own.experts):
+        raise ValueError(
+            f"The checkpoint's calibration is of its {own.name or 'native'} readout, not of {kind!r}; leave the "
+            "readout unset, or predict without the calibration (--raw)."
+        )
+    return kind, experts
+
+
 def _wanted_sets(recipe: Recipe, sets: Sequence[str] | None) -> dict[str, dict[str, Any]]:
     known = {"train": recipe.train, "validation": recipe.validation, **recipe.groups}
     known = {name: spec for name, spec in known.items() if spec is not None}
@@ -191,21 +235,21 @@ def _wanted_sets(recipe: Recipe, sets: Sequence[str] | None) -> dict[str, dict[s
     return {name: known[name] for name in wanted}
 
 
-def _num_classes(labels: list[int] | list[list[float]]) -> int:
-    return len(labels[0]) if isinstance(labels[0], list) else 1 + max(labels)
-
-
-def _together(sets: Mapping[str, Dataset], recipe: Recipe) -> Dataset:
-    """One dataset of all sets, whose column `group` names the set of each row."""
-    from datasets import Value, concatenate_datasets
+def _together(sets: Mapping[str, Dataset], recipe: Recipe, names: Mapping[str, int]) -> Dataset:
+    """One dataset of all sets, whose column `group` names the set of each row, with classes as labels."""
+    from datasets import concatenate_datasets
 
     grouped = []
     for name, dataset in sets.items():
         kept = dataset.remove_columns([column for column in ("group",) if column in dataset.column_names])
-        single = "label" in recipe.columns and not hasattr(dataset.features["label"], "feature")  # no list of shares
-        if single and dataset.features["label"] != Value("int64"):
-            kept = kept.cast_column("label", Value("int64"))
-        grouped.append(kept.add_column("group", [name] * len(kept)))
+        if "label" in recipe.columns:
+            where = f"Set {name!r}: column {recipe.label!r}"
+            kept = with_classes(kept, class_numbers(dataset["label"][:], names, where=where))
+        column = recipe.groups.get(name, {}).get("group")
+        if column is not None and column not in dataset.column_names:
+            raise ValueError(f"Set {name!r} has no column {column!r} to group by, only {dataset.column_names}.")
+        groups = [name] * len(kept) if column is None else list(map(str, dataset[column][:]))
+        grouped.append(kept.add_column("group", groups))
     try:
         return concatenate_datasets(grouped)
     except ValueError as error:
@@ -215,7 +259,14 @@ def _together(sets: Mapping[str, Dataset], recipe: Recipe) -> Dataset:
         ) from error
 
 
-def _loaded(recipe: Recipe, model: str | PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def carries_calibration(record: CalibrationRecord | None) -> bool:
+    """Whether there is something to apply: a calibration, and not one that is part of the weights."""
+    return record is not None and record.method != "none" and record.baked is None
+
+
+def _loaded(
+    recipe: Recipe, model: str | PreTrainedModel, record: CalibrationRecord | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not isinstance(model, str):
         from transformers import AutoTokenizer
 
@@ -223,10 +274,13 @@ def _loaded(recipe: Recipe, model: str | PreTrainedModel) -> tuple[PreTrainedMod
     load = load_classifier if recipe.task == "classification" else load_language_model
     loaded, tokenizer = load(model, dtype=recipe.dtype)
     load_committee(loaded, model, recorded_readout(model), {})
+    if carries_calibration(record):
+        attach_calibrator(loaded, load_calibration(model))
+        setattr(loaded, CALIBRATED_READOUT, Readout.from_record(record.readout))
     return loaded.to(PartialState().device), tokenizer
 
 
-def _encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:
+def _encode(name: str, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:
     """What the collator needs of a set: tokens, or of a choice the texts."""
     from datasets import Dataset
 
@@ -245,7 +299,29 @@ def _encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
         return {"input_ids": [row.ids for row in rows], "labels": [row.labels for row in rows]}
 
     function = encode if recipe.task == "classification" else supervise
-    return kept.map(function, batched=True, remove_columns=texts, desc="tokenize")
+    encoded = kept.map(function, batched=True, remove_columns=texts, desc="tokenize")
+    _say_truncated(name, kept, encoded, tokenizer, recipe)
+    return encoded
+
+
+def _say_truncated(
+    name: str, texts: Dataset, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+) -> None:
+    def whole(near: list[int]) -> list[int]:
+        uncut = replace(recipe, max_length=None)
+        rows = [dict(row) for row in texts.select(near)]
+        joined = [row[recipe.text] if uncut.completion is None else row["prompt"] + row["completion"] for row in rows]
+        return list(map(len, tokenizer(joined, verbose=False)["input_ids"]))
+
+    cut = cut_short(list(map(len, encoded["input_ids"])), recipe.max_length, whole)
+    if cut and any(cut):
+        PartialState().print(truncated_line(name, sum(cut), len(cut), recipe.max_length))
+
+
+def truncated_line(name: str, cut: int, rows: int, max_length: int | None) -> str:
+    """What a person is told about rows that do not fit."""
+    where = f"{name}: " if name else ""
+    return f"{where}{cut:,} of {rows:,} texts are longer than max_length ({max_length} tokens) and were cut"
 
 
 def _collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any] | None:
@@ -253,9 +329,3 @@ def _collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Callable[..
     if recipe.task == "choice":
         return ChoiceCollator(tokenizer, scoring=recipe.scoring, max_length=recipe.max_length)
     return collate_supervised if recipe.task == "lm" else None
-
-
-def _last_checkpoint(arguments: MoECalArguments) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    return get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None

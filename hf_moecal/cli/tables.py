@@ -9,31 +9,32 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datasets import Dataset
 
+LABELS_HELP = "class of each label, as in negative=0 positive=1, or all in order: negative,positive"
+
 
 def read_given(path: str, options: argparse.Namespace) -> Dataset:
     """The predictions table of a file or folder.
 
-    With `renormalize` each row of its `probs` is made to sum to one; with `labels`, names of the classes, separated by
-    commas, in the order of the columns of `probs`, the columns `label` and `prediction` may hold names.
+    With `renormalize` each row of its `probs` is made to sum to one; with `labels` the columns `label` and
+    `prediction` may hold names.
     """
     from ..metrics import renormalized_table
+    from ..model.labels import class_numbers, read_mapping
     from ..table import read_table
 
     table = renormalized_table(read_table(path)) if options.renormalize else read_table(path)
     for column in ("label", "prediction"):
         if options.labels is not None and column in table.column_names and isinstance(table[column][0], str):
-            table = _numbered(table, column, [name.strip() for name in options.labels.split(",")])
+            mapping = read_mapping(options.labels, {})
+            numbers = class_numbers(table[column][:], {}, mapping=mapping, where=f"column {column!r}")
+            table = table.remove_columns(column).add_column(column, numbers)
     return table
 
 
-def _numbered(table: Dataset, column: str, classes: list[str]) -> Dataset:
-    """The table with the names in a column as numbers of classes."""
-    number = {name: i for i, name in enumerate(classes)}
-    names = table[column][:]
-    unknown = sorted({str(name) for name in names} - set(number))
-    if unknown:
-        raise ValueError(f"column {column!r} holds {unknown[0]!r}, but --labels names {', '.join(classes)}.")
-    return table.remove_columns(column).add_column(column, [number[name] for name in names])
+def add_reading(command: argparse.ArgumentParser) -> None:
+    """Options that say how a table is to be read."""
+    command.add_argument("--renormalize", action="store_true", help="divide each row of rounded probs by its sum")
+    command.add_argument("--labels", nargs="+", metavar="LABEL=CLASS", help=LABELS_HELP)
 
 
 def add_samples(command: argparse.ArgumentParser) -> None:
@@ -80,3 +81,10 @@ def judged_by(table: Dataset, confidence: str | None, correct: str | None) -> Da
     for name, column in named.items():
         judged = judged.add_column(name, [float("nan") if value is None else value for value in table[column]])
     return judged
+
+
+def without_calibration(table: Dataset) -> Dataset:
+    """The table as the model gives it, before the calibration that its column `calibration` names."""
+    from ..calibration.temperature import IdentityCalibrator
+
+    return IdentityCalibrator.from_parameters({}).apply(table).remove_columns("calibration")

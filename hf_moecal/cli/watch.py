@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import traceback
 
+from .command import Command, Options, Outcome
 
-def add_monitor(monitor: argparse.ArgumentParser) -> None:
+
+def _add(monitor: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     monitor.add_argument("--reference", required=True, help="predictions table of a time when all was well")
     monitor.add_argument("--current", required=True, help="log: a file, a folder that grows, or - for JSON lines")
@@ -25,21 +26,20 @@ def add_monitor(monitor: argparse.ArgumentParser) -> None:
     monitor.add_argument("--output", help="folder for windows.jsonl, rejected.jsonl and metrics.prom")
     monitor.add_argument("--state", help="file from which a later call goes on")
     monitor.add_argument("--follow", type=float, metavar="SECONDS", help="keep looking, this often")
-    monitor.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
-def run_monitor(options: argparse.Namespace) -> int:
-    """Runs the monitor; returns 0 if all is well, 1 on drift, 2 if it broke."""
+def _run(options: Options) -> Outcome:
+    """The monitor's result; its exit code is 0 if all is well, 1 on drift, 2 if it broke."""
     try:
-        return _run(options)
+        return _watch(options)
     except (ValueError, OSError):
         raise
     except Exception:  # 1 means drift: what broke must not be taken for it
         traceback.print_exc()
-        return 2
+        return Outcome({}, exit_code=2)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _watch(options: Options) -> Outcome:
     from ..drift.late_labels import label_line
     from ..drift.monitor import monitor
 
@@ -61,8 +61,21 @@ def _run(options: argparse.Namespace) -> int:
         follow=options.follow,
         on_window=None if options.json else lambda found: print(found, flush=True),
     )
-    if options.json:
-        print(json.dumps(result.to_dict(), indent=1))
-    elif result.labelled:
-        print(label_line(result.labelled))
-    return result.exit_code
+    lines = [label_line(result.labelled)] if result.labelled else []
+    return Outcome(result.to_dict(), lines, exit_code=result.exit_code)
+
+
+def _kept(options: Options) -> str:
+    if options.state is None:
+        return "No --state was named, so the next call reads the log from its beginning."
+    return f"{options.state} keeps what was read; go on with the same command."
+
+
+MONITOR = Command(
+    "monitor",
+    "Compare a log with a reference; exit code 1 on drift.",
+    "moecal monitor --reference predictions.parquet --current logs/ --window 1000 --state watch.json",
+    _add,
+    _run,
+    _kept,
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -163,11 +162,7 @@ class _Test:
 
 
 def _read_labels(labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    if isinstance(labels, (str, Path)) and Path(labels).suffix == ".jsonl" and Path(labels).is_file():
-        # Arrow would round whole numbers above 64 bits.
-        rows = [json.loads(line) for line in Path(labels).read_text(encoding="utf-8").splitlines() if line.strip()]
-        labels = {name: [row.get(name) for row in rows] for name in dict.fromkeys(n for row in rows for n in row)}
-    elif isinstance(labels, (str, Path)):
+    if isinstance(labels, (str, Path)):
         labels = read_table(labels)
     label = columns(labels, "id", "label")["label"]
     if label.ndim == 2:

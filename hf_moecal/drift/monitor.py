@@ -139,7 +139,7 @@ def monitor(
     if labels is not None and str(current) == STDIN:
         raise ValueError("Standard input cannot be read again to join labels; write the log to a file.")
     how = {"features": features, "sequence": sequence, "num_experts": num_experts, "timed": timed}
-    schema, rows = read_reference(_read(reference), **how)
+    schema, rows = read_reference(read_table(reference) if isinstance(reference, (str, Path)) else reference, **how)
     settings: dict[str, Any] = {"alpha": alpha, "correction": correction, "minimum_effect": minimum_effect}
     stream = WindowStream(schema, rows, size=window, span=sequence_span, **settings)
     outcome = reference_outcome(schema, rows)
@@ -167,19 +167,6 @@ def monitor(
         logger.log(logging.WARNING if result.labelled["drift"] else logging.INFO, "%s", label_line(result.labelled))
         watch.write_metrics()
     return result
-
-
-def _read(reference: Any) -> Any:
-    if not isinstance(reference, (str, Path)):
-        return reference
-    try:
-        return read_table(reference)
-    except ValueError:
-        raise
-    except Exception as error:  # each reader has errors of its own
-        raise ValueError(
-            f"The reference {str(reference)!r} cannot be read ({error}); write it anew as Parquet or JSON lines."
-        ) from error
 
 
 class _Watch:

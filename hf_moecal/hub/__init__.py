@@ -18,7 +18,8 @@ from ..calibration.rows import Rows, scoring_of
 from ..calibration.selection import AUTO, CalibrationResult, calibrate_table
 from ..calibration.temperature import IdentityCalibrator, TemperatureCalibrator
 from ..model.conditions import CONDITIONS, conditions_of, differences, from_text
-from ..model.loading import HUB_ARGUMENTS, class_numbers, language_vocabulary, load_model
+from ..model.labels import class_numbers
+from ..model.loading import HUB_ARGUMENTS, language_vocabulary, load_model, own_labels
 from ..readouts.committee import ATTACHED
 from ..readouts.mixture import Readout
 from ..readouts.recorded import (
@@ -40,6 +41,7 @@ __all__ = [
     "attach_calibrator",
     "before_and_after",
     "calibrate",
+    "find_record",
     "from_pretrained",
     "load_calibration",
     "push",
@@ -170,7 +172,7 @@ def _refuse_calibrated(table: Table) -> None:
     if CALIBRATION in names(table) and "logits" not in names(table):
         raise ValueError(
             f"The table's probabilities are calibrated already (by {_only(table, CALIBRATION)!r}): the model was "
-            "loaded with its calibration. Predict with the plain checkpoint (`moecal predict`, or load it with "
+            "loaded with its calibration. Predict with the plain checkpoint (`moecal predict --raw`, or load it with "
             "transformers)."
         )
 
@@ -202,14 +204,8 @@ def _numbered(table: Table, model_dir: Path) -> Table:
     labels = columns(table, "label")["label"]
     if labels.dtype.kind not in "OUS" or not len(labels):
         return table
-    known = class_numbers(model_dir)
-    unknown = sorted({str(label) for label in labels.tolist()} - set(known))
-    if unknown:
-        raise ValueError(
-            f"Column 'label' holds {unknown[0][:30]!r}, which is none of the checkpoint's classes "
-            f"({', '.join(known) or 'it names none'}); give the number of each label in the order of the scores."
-        )
-    return with_columns(table, {"label": np.array([known[str(label)] for label in labels.tolist()])})
+    numbers = class_numbers(labels.tolist(), own_labels(model_dir) or {})
+    return with_columns(table, {"label": np.array(numbers)})
 
 
 def _check_scores(table: Table, model_dir: Path) -> None:
@@ -370,6 +366,20 @@ def _calibrated(logits: torch.Tensor, calibrator: Calibrator) -> torch.Tensor:
     flat = logits.detach().float().reshape(-1, logits.shape[-1]).cpu().numpy()
     probs = torch.from_numpy(calibrator.apply({"logits": flat})["probs"])
     return probs.clamp_min(torch.finfo(torch.float32).tiny).log().to(logits).reshape(logits.shape)
+
+
+def find_record(model_dir: str | Path) -> CalibrationRecord | None:
+    """The calibration that a folder or repository carries; `None` where it has none, or nobody can ask."""
+    if Path(model_dir).exists():
+        return read_record(model_dir) if (Path(model_dir) / FILE_NAME).exists() else None
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return _record_of(model_dir, {})[0]
+    except ValueError as error:
+        if isinstance(error.__cause__, EntryNotFoundError):  # absent, also from the cache of who is offline
+            return None
+        raise
 
 
 def _record_of(model_dir: str | Path, hub: Mapping[str, Any]) -> tuple[CalibrationRecord, Path]:

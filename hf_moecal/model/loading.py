@@ -67,13 +67,6 @@ def language_vocabulary(path: str | Path) -> int | None:
     return config.get_text_config().vocab_size if head.endswith(_LANGUAGE_HEADS) else None
 
 
-def class_numbers(path: str | Path) -> dict[str, int]:
-    """The number of each class that a saved classifier's config names; empty where it names none."""
-    file = Path(path) / "config.json"
-    names = json.loads(file.read_text(encoding="utf-8")).get("id2label") if file.exists() else None
-    return {str(name): int(number) for number, name in (names or {}).items()}
-
-
 def _load_adapter(path: str | Path, hub: Mapping[str, Any], kwargs: Mapping[str, Any]) -> PreTrainedModel:
     """The base model with the adapter on it. The adapter's head says how many classes there are; its base does not."""
     from peft import PeftConfig, PeftModel
@@ -106,14 +99,26 @@ def _num_labels(path: str | Path, hub: Mapping[str, Any]) -> int:
 def load_classifier(
     path: str, num_labels: int | None = None, *, seed: int = 0, dtype: str = "float32"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence-classification model and its tokenizer; a head that the checkpoint lacks is drawn from `seed`."""
+    """A sequence-classification model and its tokenizer.
+
+    With `num_labels` the model is to be trained: a head that the checkpoint lacks is drawn from `seed`. Without,
+    it is to predict as it was saved.
+
+    Raises:
+        ValueError: without `num_labels`, the checkpoint lacks weights, such as those of a head.
+    """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
     set_seed(seed)
     tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(_whole(path))
     register_classifier(config)
     changes = {} if num_labels is None else label_arguments(config, num_labels)
-    model = AutoModelForSequenceClassification.from_pretrained(path, **_precision(path, dtype), **changes)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        path, output_loading_info=True, **_precision(path, dtype), **changes
+    )
+    if num_labels is None:
+        _require_whole(path, model, info, "a classification head; train one first with `moecal train`, or, for a "
+                       "language model, use task='choice' or 'lm' (--task)")  # fmt: skip
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
@@ -122,12 +127,46 @@ def load_classifier(
 def load_language_model(
     path: str, *, seed: int = 0, dtype: str = "float32"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer; `seed` is that of what follows."""
+    """A causal language model and its tokenizer; `seed` is that of what follows.
+
+    Raises:
+        ValueError: the checkpoint lacks weights, as a classifier lacks a language model's head.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
     set_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(path, **_precision(path, dtype))
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **_precision(path, dtype))
+    _require_whole(path, model, info, "a language model's head; use task='classification' for a classifier")
     return model, AutoTokenizer.from_pretrained(path)
+
+
+def _require_whole(path: str, model: PreTrainedModel, info: Mapping[str, Any], head: str) -> None:
+    """Refuses a model of which a part was drawn at random: its predictions would be noise."""
+    missing = sorted(info["missing_keys"])
+    if not missing:
+        return
+    base = f"{model.base_model_prefix}."
+    if all(not key.startswith(base) for key in missing):
+        raise ValueError(f"{path} has no {', '.join(missing)}: it is a checkpoint without {head}.")
+    raise ValueError(
+        f"{path} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; is the "
+        "checkpoint whole?"
+    )
+
+
+def own_labels(path: str | Path) -> dict[str, int] | None:
+    """The number of each class that a saved classifier's config names; `None` if it is no classifier's."""
+    from transformers import AutoConfig
+
+    if Path(path).exists() and not (Path(path) / "config.json").exists():  # an adapter
+        return None
+    config = AutoConfig.from_pretrained(path)
+    return label_names(config) if (config.architectures or [""])[0].endswith("ForSequenceClassification") else None
+
+
+def label_names(config: Any) -> dict[str, int]:
+    """The number of each class that a config names."""
+    return {str(name): int(number) for number, name in (getattr(config, "id2label", None) or {}).items()}
 
 
 def _precision(path: str, dtype: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..model.conditions import CONDITIONS, as_text, conditions_of
 from ..model.prefix_cache import PrefixCache, fingerprint
 from ..probes import hard_routing
 from ..probes.certify import evaluating
-from ..readouts.committee import ATTACHED, count_members
+from ..readouts.committee import ATTACHED, CALIBRATED_READOUT, count_members
 from ..readouts.mixture import Readout
 from ..table import COLUMNS, SCORINGS, read_table
 from ..tasks import TASKS
@@ -81,7 +81,8 @@ def predict(
         text_column (`str`, *optional*, defaults to `"text"`): the column to tokenize.
         group (`str`, *optional*): value of the column `group` for all rows, for example the set's name.
         batch_size (`int`, *optional*, defaults to 32): sequences per forward; every option counts.
-        max_length (`int`, *optional*): tokens after which a text, or the beginning of a prompt, is cut.
+        max_length (`int`, *optional*): tokens after which a text, or the beginning of a prompt, is cut; the column
+            `truncated` then says where.
         scoring (`str`, *optional*, defaults to `"per_token"`): for `"choice"`, see [`ChoiceCollator`].
         example (`str`, *optional*, defaults to `"sequence"`): for `"lm"`, whether the table has one row per
             `"sequence"` or per supervised `"token"`.
@@ -133,6 +134,7 @@ def predict(
     watched = {"layer": layer, "readout": wanted, "prefix": prefix}
     settings = {"task": task, "batch_size": batch_size, "scoring": scoring, "example": example, "layer": layer}
     settings |= {"readout": wanted.name, "hard_top_k": hard_top_k, "group": group, "prefix_cache": prefix is not None}
+    settings |= {"max_length": max_length, "calibration": _stated(calibrator)}
     dataset = dataset.with_format(None)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -220,12 +222,14 @@ class _Making:
             for row, made in zip(chosen, self._reader.read([examples[row] for row in chosen]), strict=True):
                 found[row] = made
             bar.update(len(chosen))
-        table = self._assemble(start, rows, found)
+        table = self._assemble(start, rows, found, self._reader.truncated(rows, examples))
         if self._calibrator is None:
             return table
         return self._calibrator.apply(_dataset([table])).with_format("arrow")[:]
 
-    def _assemble(self, start: int, rows: Dataset, found: list[list[dict[str, Any]]]) -> Table:
+    def _assemble(
+        self, start: int, rows: Dataset, found: list[list[dict[str, Any]]], truncated: list[bool] | None
+    ) -> Table:
         """What was made of each row, beside the row's own columns."""
         import pyarrow as pa
         from datasets import Dataset, Features
@@ -236,6 +240,8 @@ class _Making:
         ids = rows["id"] if "id" in rows.column_names else range(start, start + len(rows))
         made |= self._reader.named([ids[row] for row in index], made)
         made |= {name: [value] * len(index) for name, value in self._constant.items()}
+        if truncated is not None:
+            made["truncated"] = [truncated[row] for row in index]
         new = Dataset.from_dict(made)
         kept = [name for name in rows.column_names if name not in made and name not in self._reader.inputs]
         old = rows.select_columns(kept).select(index)
@@ -286,10 +292,11 @@ def _calibrator(model: nn.Module, task: str, scoring: str, readout: Readout) -> 
     if calibrator is None:
         return None
     remedy = "load the checkpoint with transformers to predict without its calibration"
-    if readout.is_mixture and not hasattr(model, ATTACHED):
+    fitted_on = getattr(model, CALIBRATED_READOUT, Readout(members=readout.members))
+    if readout != fitted_on and not hasattr(model, ATTACHED):
         raise ValueError(
-            f"The model's calibration is of its native readout, and would distort {readout.kind!r}; leave `readout` "
-            f"unset, or {remedy}."
+            f"The model's calibration is of its {fitted_on.name or 'native'} readout, and would distort "
+            f"{readout.kind!r}; leave `readout` unset, or {remedy}."
         )
     if task == "choice":
         calibrator.check_scoring(scoring)
@@ -300,6 +307,10 @@ def _calibrator(model: nn.Module, task: str, scoring: str, readout: Readout) -> 
             f"use task='choice', or {remedy}."
         )
     return None if task != "classification" and of_tokens else calibrator
+
+
+def _stated(calibrator: Calibrator | None) -> dict[str, Any] | None:
+    return None if calibrator is None else {"method": calibrator.method, **calibrator.parameters()}
 
 
 def _check(

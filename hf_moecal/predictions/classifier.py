@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..labels import VOTES, check_labels, labelled, read_labels
 from ..model.head import pooled_positions
+from ..model.labels import class_numbers
+from ..model.loading import label_names
 from ..model.prefix_cache import PrefixCache
 from ..probes import RoutingRecord
 from ..probes.agreement import disagreement, regret
@@ -78,7 +80,16 @@ class ClassifierReader:
     def encode(self, rows: Dataset) -> list[Tokenized]:
         """The rows in tokens."""
         tokens = tokenized(rows, self._tokenizer, self._text, self._max_length)
-        return [Tokenized(ids, label) for ids, label in zip(tokens, known_labels(rows), strict=True)]
+        labels = known_labels(rows, label_names(self._model.config))
+        return [Tokenized(ids, label) for ids, label in zip(tokens, labels, strict=True)]
+
+    def truncated(self, rows: Dataset, examples: Sequence[Tokenized]) -> list[bool] | None:
+        """Which examples are not the whole text; `None` where nothing is cut."""
+
+        def whole(near: list[int]) -> list[int]:
+            return list(map(len, tokenized(rows.select(near), self._tokenizer, self._text, None)))
+
+        return cut_short([example.length for example in examples], self._max_length, whole)
 
     def begin(self, examples: Sequence[Tokenized], *, progress: bool) -> None:
         """What is done once for examples that are read in batches afterwards."""
@@ -171,20 +182,32 @@ def tokenized(dataset: Dataset, processing_class: Any, text_column: str, max_len
         )
     if processing_class is None:
         raise ValueError("Text needs a tokenizer: pass processing_class=AutoTokenizer.from_pretrained(...).")
-    encoded = processing_class(list(dataset[text_column]), truncation=max_length is not None, max_length=max_length)
+    texts = list(dataset[text_column])
+    wrong = next((row for row, text in enumerate(texts) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"Column {text_column!r}: row {wrong} holds {texts[wrong]!r}, which is no text; name the text column, or "
+            "leave such rows out."
+        )
+    encoded = processing_class(texts, truncation=max_length is not None, max_length=max_length, verbose=False)
     return without_empty(encoded["input_ids"])
 
 
-def known_labels(dataset: Dataset) -> list[int] | list[list[float]]:
-    """The label of every row: classes, or shares of each class from a `label` that is a list or from `votes`."""
+def cut_short(
+    lengths: Sequence[int], max_length: int | None, whole: Callable[[list[int]], list[int]]
+) -> list[bool] | None:
+    """Which rows lost tokens to `max_length`; `whole` gives the uncut lengths of the rows that it is asked for."""
+    if max_length is None:
+        return None
+    near = [row for row, length in enumerate(lengths) if length >= max_length - 1]  # a label word is not counted
+    uncut = dict(zip(near, whole(near), strict=True)) if near else {}
+    return [uncut.get(row, 0) > length for row, length in enumerate(lengths)]
+
+
+def known_labels(dataset: Dataset, names: Mapping[str, int]) -> list[int] | list[list[float]]:
+    """The label of each row: a class by number or name, or the share of each class; -100 where there are none."""
     name = next((name for name in ("label", "labels", VOTES) if name in dataset.column_names), None)
     if name is None:
         return [IGNORED_LABEL] * len(dataset)
     values = list(dataset[name])
-    wrong = next((value for value in values if isinstance(value, bool) or not isinstance(value, (int, list))), None)
-    if wrong is not None and name != VOTES:
-        raise ValueError(
-            f"Column {name!r} must hold integer classes, or lists with the share of each class, found {wrong!r}; use "
-            "dataset.class_encode_column."
-        )
-    return read_labels(values, name)
+    return read_labels(values, name) if name == VOTES else class_numbers(values, names, where=f"Column {name!r}")

@@ -17,6 +17,7 @@ from ..table import ABSENT_LOGIT
 from ..tasks.choice import ChoiceCollator, EncodedChoice
 from ..tasks.options import OptionTargets, WordTargets, choice_targets, flat_inputs
 from ..tasks.targets import Targets, lm_targets
+from .classifier import cut_short
 from .figures import nothing_supervised, option_figures, sequence_figures, token_figures, word_figures
 from .reuse import Beginning, begin, common_length
 from .supervised import LM_COLUMNS, Supervised, encode_supervised, pad_supervised
@@ -90,7 +91,7 @@ class LanguageReader:
     ) -> None:
         self._model, self._task, self._per_token = model, task, task == "lm" and example == "token"
         self._layer, self._readout, self._prefix = layer, readout, prefix
-        self._tokenizer, self._max_length, self._text = tokenizer, max_length, text_column
+        self._tokenizer, self._text = tokenizer, text_column
         self._collate = ChoiceCollator(tokenizer, scoring=scoring, max_length=max_length)
         self._width = _most_options(dataset) if task == "choice" else 0
         self._device = next(model.parameters()).device
@@ -120,11 +121,23 @@ class LanguageReader:
 
     def encode(self, rows: Dataset) -> list[Example]:
         """The rows in tokens."""
+        return self._encode(rows, self._collate)
+
+    def truncated(self, rows: Dataset, examples: Sequence[Example]) -> list[bool] | None:
+        """Which examples are not the whole text or prompt; `None` where nothing is cut."""
+        uncut = ChoiceCollator(self._tokenizer, scoring=self._collate.scoring)
+
+        def whole(near: list[int]) -> list[int]:
+            return [example.length for example in self._encode(rows.select(near), uncut)]
+
+        return cut_short([example.length for example in examples], self._collate.max_length, whole)
+
+    def _encode(self, rows: Dataset, collate: ChoiceCollator) -> list[Example]:
         if self._task == "lm":
-            found = encode_supervised(rows, self._tokenizer, text_column=self._text, max_length=self._max_length)
+            found = encode_supervised(rows, self._tokenizer, text_column=self._text, max_length=collate.max_length)
             return [Example([content.ids], content.judged, content) for content in found]
-        encoded = self._collate.encode(list(rows))
-        if self._collate.scoring == "label_word":
+        encoded = collate.encode(list(rows))
+        if collate.scoring == "label_word":
             prompts = [content.options[0] for content in encoded]
             return [Example([ids[:start]], start - 1, c) for (ids, start), c in zip(prompts, encoded, strict=True)]
         return [Example([ids for ids, _ in c.options], min(s for _, s in c.options) - 1, c) for c in encoded]

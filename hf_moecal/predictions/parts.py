@@ -48,7 +48,7 @@ class Parts:
     def __init__(self, output: Path, settings: Mapping[str, Any], *, resume: bool, state: PartialState) -> None:
         self._output, self._settings, self._state = output, dict(settings), state
         self._folder = output.with_name(f"{output.name}.parts")
-        begun = self._folder.is_dir()
+        begun = any(self._folder.glob("part-*.parquet"))  # an empty folder has nothing to lose
         if begun and not resume:
             raise ValueError(
                 f"{self._folder} holds the parts of a run that did not end; go on with it (resume=True, or --resume), "

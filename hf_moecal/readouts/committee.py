@@ -30,6 +30,8 @@ from ..versions import CACHE_NAMES, cache_name, given_cache
 
 ATTACHED = "moecal_reading"
 """Attribute of a loaded model that predicts by a readout for good: its `ReadoutForward`."""
+CALIBRATED_READOUT = "moecal_calibrated_readout"
+"""Attribute under which a loaded model says which readout its calibration is of, where that is not attached."""
 SPREAD, HEAD_SPREAD, LANGUAGE_SPREAD = 0.5, 1.0, 0.1
 """Noise on the matrices of a further member's block and head, in units of each matrix's own root mean square.
 

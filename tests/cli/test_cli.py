@@ -11,8 +11,9 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, MixtralConfig, MixtralForSequenceClassification
 
 from hf_moecal.cli.commands import main
-from hf_moecal.cli.recipe import Recipe, expand, load_recipe, load_set
+from hf_moecal.cli.recipe import Recipe, expand, load_recipe
 from hf_moecal.cli.runs import parse_arguments
+from hf_moecal.cli.sets import load_set
 from tests.cli.helpers import WORDS, sentences, tokenizer
 
 
@@ -88,13 +89,15 @@ def test_predict_by_a_mixture(trained, capsys):
     config = ["--model", str(trained / "out"), "--config", str(trained / "recipe.yaml")]
     made = trained / "mixture.parquet"
     mixed = ["--readout", "soft_mixture", "--readout-experts", "3"]
-    assert main(["predict", *config, *mixed, "--output", str(made)]) == 0
+    assert main(["predict", *config, *mixed, "--output", str(made)]) == 2
+    assert "The checkpoint's calibration is of its native readout, not of 'soft_mixture'" in capsys.readouterr().err
+    assert main(["predict", *config, *mixed, "--raw", "--output", str(made)]) == 0
     row = Dataset.from_parquet(str(made))[0]
     assert row["readout"] == "soft_mixture of 3"
     alone = torch.tensor(row["expert_logits"]).double().softmax(-1)
     mixed = torch.tensor(row["expert_weights"]).double() @ alone
     assert row["probs"] == pytest.approx(mixed.tolist(), abs=1e-6)
-    assert main(["predict", *config, "--readout", "blend", "--output", str(made)]) == 2
+    assert main(["predict", *config, "--readout", "blend", "--raw", "--output", str(made)]) == 2
     assert "`readout` must be one of native, mixture, soft_mixture, got 'blend'" in capsys.readouterr().err
 
 
@@ -160,7 +163,7 @@ def test_bad_commands_end_with_one_sentence(trained, capsys, tmp_path):
         (["evaluate"], "give either a predictions table or"),
         (["evaluate", "nowhere.parquet"], "No predictions table at 'nowhere.parquet'"),
         (["evaluate", str(trained / "table.parquet"), "--group", "sex"], "the table has no column 'sex'"),
-        (["report", "x.parquet", "--output", "o"], "tables are given as NAME=FILE"),
+        (["report", "x.parquet", "--output", "o"], "given as NAME=FILE, as in ERM=erm.parquet"),
         (
             ["predict", "--model", "m", "--config", str(trained / "recipe.yaml"), "--sets", "x", "--output", "o"],
             "has no set ['x']",
@@ -178,7 +181,7 @@ def test_recipe_sets_are_checked(home, monkeypatch):
     film = {"path": "${DATA}/film.parquet"}
     for spec, message in [
         ({"split": "train"}, "Set 'x' has no `path`"),
-        ({"path": "${DATA}/none.parquet"}, "no file at"),
+        ({"path": "${DATA}/none.parquet"}, "No file at"),
         ({**film, "split": "test"}, "Set 'x': a file has no split; choose rows with `where"),
         ({**film, "where": {"split": "dev"}}, "Set 'x' is empty"),
         ({**film, "where": {"fold": 1}}, "Set 'x' has no column 'fold'"),

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_moecal.cli.plan import make_plan, read_launch
-from hf_moecal.cli.recipe import Recipe, load_recipe, load_set
+from hf_moecal.cli.recipe import Recipe, load_recipe
 from hf_moecal.cli.runs import predict_recipe, train_recipe
+from hf_moecal.cli.sets import load_set
 from hf_moecal.model.loading import load_classifier
 from hf_moecal.training.arguments import MoECalArguments
 from tests.tiny_moe import tiny_config

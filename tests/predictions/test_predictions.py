@@ -36,6 +36,7 @@ def test_equals_one_example_at_a_time(model, data):
     table = predict(model, data, group="movie", batch_size=4, progress=False)
     assert model.training == training
     generated = {"sequence", "position", "correct", "nll", "brier", "sequence_confidence", "num_tokens"}
+    generated |= {"sample_weight"}  # a column of the user's
     assert set(table.column_names) == {*COLUMNS, "agreement", "conditions"} - generated
     assert table["id"][:] == list(range(23)) and set(table["group"]) == {"movie"}
     for row, example in zip(table, data, strict=True):
@@ -108,7 +109,7 @@ def test_bad_input_is_named(model):
         (Dataset.from_dict({"input_ids": [[1], []]}), r"Row 1 has no token \(an empty text\?\)", {}),
         (text, r"neither `input_ids` nor a column 'text', only \['sentence'\]", {}),
         (text, "Text needs a tokenizer", {"text_column": "sentence"}),
-        (Dataset.from_dict({"input_ids": [[1]], "label": ["good"]}), "integer classes, or lists .*, found 'good'", {}),
+        (Dataset.from_dict({"input_ids": [[1]], "label": ["good"]}), "Say which class each is, .*'good=.'", {}),
         (Dataset.from_dict({"input_ids": [[1]], "label": [3]}), "Label 3 is out of range for 3 classes", {}),
     ]:
         with pytest.raises(ValueError, match=message):

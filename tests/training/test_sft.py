@@ -285,5 +285,5 @@ def test_members_run_their_own_forward(tmp_path, readout):
     for name, parameter in trainer.model.named_parameters():
         if "experts" in name and "layers.1" in name and "members" not in name:
             assert not torch.equal(parameter, before[name])
-    moved = [key for key, member in getattr(trainer.model, "moecal_members").named_parameters() if "experts" in key]
+    moved = [key for key, member in trainer.model.moecal_members.named_parameters() if "experts" in key]
     assert len(moved) == 4  # two more members, two matrices each
