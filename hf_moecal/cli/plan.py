@@ -88,7 +88,8 @@ class Plan:
 
     Attributes:
         model (`str`): Hub id or folder.
-        counts ([`~hf_moecal.cli.plan_memory.Counts`]): parameters in all, active per token, and those that train.
+        counts ([`~hf_moecal.cli.plan_memory.Counts`]): of one member: parameters in all, active per
+            token, and those that train.
         method (`str`): its fields, and what of it cannot run and falls back.
         trains (`str`): one line that says what trains.
         layers (`list[MoELayer]`): the MoE layers.
@@ -200,10 +201,11 @@ def make_plan(
         if args.train == "lora":
             model = _adapted(model, args)
         trains = set_trainable(model, args.train)
+        layers, unsupported = _moe_layers(model, args)
+        counts = count_parameters(weights_of(model, layers, itemsize=loaded))
         if args.readout_members > 1:
             own = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
             attach_members(model, [dict(own)] * (args.readout_members - 1))
-        layers, unsupported = _moe_layers(model, args)
         weights = weights_of(model, layers, itemsize=loaded)
         activations = activation_memory(
             model,
@@ -212,14 +214,14 @@ def make_plan(
             checkpointing=bool(args.gradient_checkpointing) or launch.checkpointing,
             itemsize=computes,
         )
-        asked = asked_of_experts(model, layers, args, count_parameters(weights).active)
+        asked = asked_of_experts(model, layers, args, counts.active)
     states = state_memory(weights, launch)
     config = model.config.get_text_config()
     classes = model.config.num_labels if args.task == "classification" else config.vocab_size
     logits = logits_memory(positions, classes, itemsize=computes)
     return Plan(
         model=recipe.model,
-        counts=count_parameters(weights),
+        counts=counts,
         method=method,
         trains=trains,
         layers=layers,

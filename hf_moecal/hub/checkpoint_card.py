@@ -79,7 +79,7 @@ def task_of(model_dir: Path) -> str:
 
 def license_of_base(api: HfApi, model_dir: Path) -> str | None:
     """What the base model's card names, if the checkpoint says which that is and its card can be read."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     base = load_training_settings(model_dir).get("base_model")
     if (model_dir / ADAPTER_CONFIG).is_file():
@@ -91,7 +91,7 @@ def license_of_base(api: HfApi, model_dir: Path) -> str | None:
         return metadata_of(local.read_text(encoding="utf-8")).get("license") if local.is_file() else None
     try:
         card = published_card(api, base, None)
-    except (HfHubHTTPError, HFValidationError):  # private, gone, or no name on the Hub
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):  # private, gone, no name on the Hub
         return None
     return None if card is None else metadata_of(card).get("license")
 

@@ -8,9 +8,11 @@ LOWER, HIGHER, NEITHER = "lower", "higher", "neither"
 DIRECTIONS = {
     **dict.fromkeys(("ece", "ece_l2", "ece_max", "mce", "ece_debiased", "ece_l2_debiased", "smooth_ece"), LOWER),
     **dict.fromkeys(("loss", "nll", "brier", "reliability", "within_bins", "aurc", "group_spread"), LOWER),
+    "n_zero_probability": LOWER,
     **dict.fromkeys(("accuracy", "auroc", "resolution"), HIGHER),
     # Best at 0, or at the accuracy, or said by the data alone.
     **dict.fromkeys(("signed_gap", "confidence", "ece_noise_floor", "uncertainty", "n", "n_ignored"), NEITHER),
+    "calibrated_p": NEITHER,  # evidence, which more rows make stronger
 }
 """The better side of every figure that a report or a metric gives: lower, higher, or neither."""
 

@@ -6,6 +6,7 @@ most positions are supervised only one chunk of them exists at a time.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -156,14 +157,18 @@ def same_length(model: nn.Module, *, unless: Callable[[], bool]) -> Iterator[Non
     outer = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     base = None if outer is None else getattr(outer, outer.base_model_prefix, outer)
     given: list[torch.Size] = []
+    own = threading.get_ident()  # a forward of another thread is not of this context
 
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != own:
+            return
         ids = kwargs.get("input_ids", args[0] if args else None)
         given[:] = [ids.shape] if isinstance(ids, Tensor) and not unless() else []
 
     def compare(module: nn.Module, args: tuple, output: Any) -> None:
         hidden = getattr(output, "last_hidden_state", None)
-        if given and hidden is not None and not unless() and hidden.shape[:2] != given.pop():
+        ours = threading.get_ident() == own and bool(given) and hidden is not None and not unless()
+        if ours and hidden.shape[:2] != given.pop():
             raise ValueError(
                 f"{type(model).__name__} makes sequences of {hidden.shape[1]} positions of its `input_ids`, as with "
                 "virtual tokens before them, so that no prediction stands where its token does; use an adapter that "

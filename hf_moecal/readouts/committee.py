@@ -197,9 +197,9 @@ def _member_model(model: nn.Module, own: Mapping[str, nn.Parameter]) -> nn.Modul
     whole = ("_forward_hooks", "_forward_pre_hooks")  # of the committee, not of a member
     memo |= {id(vars(model)[name]): OrderedDict() for name in whole}
     member = copy.deepcopy(model, memo)
-    vars(member).pop("forward", None)  # put there by a trainer, perhaps as a closure that still calls the model
     if ATTACHED in vars(member):
         getattr(member, ATTACHED).detach()
+    vars(member).pop("forward", None)  # put there by a trainer, perhaps as a closure that still calls the model
     return member
 
 

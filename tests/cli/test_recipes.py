@@ -295,7 +295,7 @@ def test_the_header_says_what_the_plan_says(name, tmp_path):
     config = CONFIG_MAPPING[family](**fields)
     classifies = recipe.arguments.get("task") is None
     head = config.vocab_size * config.hidden_size / 1e9 if classifies else 0  # a classifier has another
-    adapter = plan.counts.trained / 1e9 if recipe.arguments["train"] == "lora" else 0
+    adapter = plan.counts.trained / 1e9 if recipe.arguments.get("train") == "lora" else 0
     assert plan.counts.total / 1e9 + head - adapter == pytest.approx(BILLIONS[family][0], abs=0.01)
     active = plan.counts.active / 1e9 + head  # of an adapter a token reads no more than what trains of it
     assert BILLIONS[family][1] - 0.01 <= active <= BILLIONS[family][1] + adapter + 0.01

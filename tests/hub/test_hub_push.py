@@ -274,7 +274,7 @@ def test_a_change_in_between_is_not_overwritten(hub, checkpoint, monkeypatch):
     from hf_moecal.hub import publish
 
     push(checkpoint, repo_id="org/model", token=TOKEN)
-    honest = publish._published_card
+    honest = publish.published_card
 
     def meanwhile(*arguments):
         card = honest(*arguments)
@@ -283,7 +283,7 @@ def test_a_change_in_between_is_not_overwritten(hub, checkpoint, monkeypatch):
 
     write_calibration(checkpoint, temperature(2.5))
     with monkeypatch.context() as patch:
-        patch.setattr(publish, "_published_card", meanwhile)
+        patch.setattr(publish, "published_card", meanwhile)
         with pytest.raises(PublishError, match="changed meanwhile; push again"):
             push(checkpoint, repo_id="org/model", token=TOKEN)
     push(checkpoint, repo_id="org/model", token=TOKEN)

@@ -15,7 +15,7 @@ LABELS, PROBS = [0, 1, 1, 0], np.array([[0.8, 0.2], [0.3, 0.7], [0.6, 0.4], [0.9
 def numbers(report):
     """Names of the plain numbers of a report, also those that lie deeper."""
     for name, value in report.items():
-        if name in ("groups", "reliability_diagram", "bins"):
+        if name in ("groups", "group_p", "reliability_diagram", "bins"):
             continue
         if isinstance(value, dict):
             yield from numbers(value)

@@ -72,7 +72,7 @@ BAD = {
     ),
     "negative labels": ({"labels": [-1, 1], "probs": P}, "row 0 is -1"),
     "float labels": ({"labels": [0.0, 1.0], "probs": P}, "labels must be whole numbers, got floats"),
-    "string labels": ({"labels": ["a", "b"], "probs": P}, "labels holds strings"),
+    "string labels": ({"labels": ["a", "b"], "probs": P}, "labels are names .*label2id, or name the classes"),
     "labels too few": ({"labels": [0], "probs": P}, "labels has 1 rows but probs has 2"),
     "labels too many": ({"labels": [0, 1, 1], "probs": P}, "labels has 3 rows but probs has 2"),
     "all labels ignored": ({"labels": [-100, -100], "probs": P}, r"no example with a label \(2 ignored\)"),

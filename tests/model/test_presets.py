@@ -238,7 +238,7 @@ def test_presets_that_cannot_be_are_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["lora_r", "lora_alpha"])
 def test_ranks_are_for_adapters_alone(name):
     with pytest.raises(ValueError, match=f"`{name}` has no effect on train='all'"):
-        MoECalArguments("out", **{name: 4})
+        MoECalArguments("out", train="all", **{name: 4})
     with pytest.raises(ValueError, match=f"`{name}` must be a finite number at least 1, got 0"):
         MoECalArguments("out", train="lora", **{name: 0})
 

@@ -1,6 +1,5 @@
 """The benchmark: what it scores and compares, against the definitions; and all of it once, on little."""
 
-import json
 import os
 import subprocess
 import sys
@@ -103,10 +102,7 @@ def test_at_equal_in_domain_loss():
     falling = np.abs(np.linspace(-1, 1, len(scoring.TEMPERATURES))) + 1
     curve = {"in-domain/all": falling.tolist(), "there/all": (falling + 1).tolist()}
     better = {"in-domain/all": (0.9 * falling).tolist(), "there/all": (falling + 1).tolist()}
-    runs = [
-        {"task": "t", "method": name, "readout": "native", "members": 1, "seed": 0, "nll": nll}
-        for name, nll in (("erm", curve), ("same", curve), ("better", better))
-    ]
+    runs = {("t", name, "native", 1, 0): nll for name, nll in (("erm", curve), ("same", curve), ("better", better))}
     lines = {line[0]: line for line in report.equal_in_domain(runs)}
     assert lines["same"][1:] == ["1 of 1", "", "1.000", ""]
     assert lines["better"][1] == "1 of 1" and float(lines["better"][3]) > 1, "more hedged at the same in-domain loss"
@@ -116,10 +112,10 @@ def test_the_full_path_is_judged_from_tables_alone(tmp_path, monkeypatch, capsys
     one = {name: column for name, column in table(0).items() if name != "hard"}
     agreement = np.where(np.arange(len(one["label"])) % 4, 1.0, 0.6)
     Dataset.from_dict({**one, "agreement": agreement}).to_parquet(str(tmp_path / "one.parquet"))
-    command = ["full_path.py", f"erm={tmp_path / 'one.parquet'}", "--output", str(tmp_path / "rows.json")]
+    command = ["full_path.py", f"erm={tmp_path / 'one.parquet'}", "--output", str(tmp_path / "rows.parquet")]
     monkeypatch.setattr(sys, "argv", command)
     load_script("benchmark.full_path", RECIPES).main()
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows = scoring.read_rows(tmp_path / "rows.parquet")
     raw = {(row["test"], row["subset"]): row for row in rows if row["posthoc"] == "none"}
     here = (one["group"] == "there") & (agreement < 0.8)
     nll = -one["logits"][here, one["label"][here]].mean()

@@ -262,7 +262,7 @@ def test_last_moe_layer_trains_alone_and_the_prefix_cache_changes_nothing(tmp_pa
         (dict(train="head"), "`train` must be one of all, last_moe_layer"),
         (dict(label_smoothing_factor=0.1), "has no effect on objective='robust_filtered'"),
         (dict(metric_for_best_model="eval_tweets_signed_gap"), "cannot be a signed gap"),
-        (dict(prefix_cache="x"), "`prefix_cache` needs frozen first layers, but train='all'"),
+        (dict(prefix_cache="x", train="all"), "`prefix_cache` needs frozen first layers, but train='all'"),
     ],
 )
 def test_bad_arguments_are_named(changes, message):
