@@ -98,7 +98,7 @@ def in_faster_precision(recipe: Recipe) -> Recipe:
             times.append(time.perf_counter() - start)
         seconds[dtype] = min(times)
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
-    print(f"bfloat16 is {ratio:.1f} times as fast as float32 here: the frozen layers run in", end=" ")
+    print(f"bfloat16 is {ratio:.2f} times as fast as float32 here: the frozen layers run in", end=" ")
     print("bfloat16" if ratio > 1.2 else "float32")
     if ratio <= 1.2:
         return recipe
